@@ -1,0 +1,1 @@
+"""The built-in world: text, chat, exercises and their checkers, generated from a seed in seconds."""

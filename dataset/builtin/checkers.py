@@ -1,0 +1,80 @@
+"""Is this answer right? One pure function per way of judging: (answer text, expected) -> bool.
+
+Evaluation and rule rewards use the same functions, so that what is trained is what is measured. They accept the bare
+answer and a short sentence that ends with it; they never execute what a model wrote.
+"""
+
+import json
+import re
+
+from model.errors import UserError
+
+
+def final_answer(text):
+    """What an answer finally says: inside <answer>…</answer> if there is one, otherwise all but the thoughts."""
+    answers = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    return (answers[-1] if answers else re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)).strip()
+
+
+def number(text, expected):
+    """The last whole number in the text is the expected one: '92', 'The answer is 92.'"""
+    numbers = re.findall(r"(?<![\d.])-?\d+(?!\.?\d)", text)
+    return bool(numbers) and int(numbers[-1]) == int(expected)
+
+
+def numbers(text, expected):
+    """The same numbers in the same order, whatever separates them: '2 4 9', '2, 4, 9.'"""
+    return re.findall(r"\d+", text) == expected.split()
+
+
+def letters(text, expected):
+    """The same letters in the same order and case; spaces, commas, hyphens, quotes and a final full stop do not count."""
+    def bare(s):
+        return re.sub(r"""[\s,\-"'.]""", "", s)
+    return bare(text) == bare(expected)
+
+
+def phrase(text, expected):
+    """The text is the expected words or a sentence that ends with them; case and final punctuation do not count."""
+    def words(s):
+        return re.findall(r"[\w'-]+", s.lower())
+    said, wanted = words(text), words(expected)
+    return bool(wanted) and said[-len(wanted):] == wanted
+
+
+def yes_no(text, expected):
+    """The first word is the expected 'yes' or 'no', and the other one does not follow."""
+    said = re.findall(r"\w+", text.lower())
+    other = {"yes": "no", "no": "yes"}[expected]
+    return bool(said) and said[0] == expected and other not in said
+
+
+def tool_call(text, expected):
+    """Exactly one <tool_call>{json}</tool_call> with the expected name and arguments; blanks inside strings do not count."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        return value.replace(" ", "") if isinstance(value, str) else value
+
+    calls = re.findall(r"<tool_call>(.*?)</tool_call>", text, flags=re.DOTALL)
+    if len(calls) != 1:
+        return False
+    try:
+        call = json.loads(calls[0])
+    except (ValueError, RecursionError):
+        return False
+    return plain(call) == plain(json.loads(expected))
+
+
+CHECKERS = {f.__name__: f for f in (number, numbers, letters, phrase, yes_no, tool_call)}
+
+
+def check(name, text, expected):
+    """Judge an answer by the checker called `name`.
+
+    >>> check("number", "<think>8 and 5</think> That makes 13.", "13")
+    True
+    """
+    if name not in CHECKERS:
+        raise UserError(f"unknown checker {name!r}; the checkers are {', '.join(CHECKERS)}")
+    return CHECKERS[name](final_answer(text), expected)

@@ -1,0 +1,141 @@
+"""Write the built-in world as jsonl, one kind of file at a time.
+
+    python dataset/builtin/generate.py --kind pretrain --out pretrain.jsonl --seed 0 --size 20000
+
+A kind is a function `rows(rng, size)` that yields records, registered in KINDS with its usual size; a new stage adds its
+kind there. `ensure(kind)` is what the training scripts call: it writes the file once, at its usual size, under out/builtin.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import random
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])     # the project root, not dataset/builtin
+
+from dataset.builtin import stories
+from dataset.builtin.skills import SKILLS, draw
+from model.errors import UserError, run
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "out" / "builtin"
+
+
+def draw_any(rng, split="train"):
+    """An item of a random skill, skills weighted by how much practice they need."""
+    name = rng.choices(list(SKILLS), [skill.weight for skill in SKILLS.values()])[0]
+    return draw(rng, name, split)
+
+
+def pretrain(rng, size):
+    """Documents: stories, facts, and drills: questions with their answers, line by line."""
+    for _ in range(size):
+        kind = rng.choices(("story", "life", "guide", "facts", "drill"), (20, 8, 4, 4, 64))[0]
+        if kind == "drill":
+            items = [draw_any(rng) for _ in range(8)]
+            text = "\n".join(f"{item.question}\n{item.reply if item.checker != 'tool_call' else item.answer}\n"
+                             for item in items).rstrip()
+        else:
+            text = {"story": stories.story, "life": stories.life, "guide": stories.guide,
+                    "facts": stories.list_of_facts}[kind](rng)
+        yield {"text": text}
+
+
+def sft(rng, size):
+    """Conversations: exercises, one to three of them in a row, and small talk."""
+    for _ in range(size):
+        if rng.random() < 0.12:
+            messages = stories.conversation(rng)
+        else:
+            messages = [message for _ in range(rng.choice((1, 2, 3))) for message in draw_any(rng).conversation()]
+        if messages:
+            yield {"conversations": messages}
+
+
+def exercises(rng, size, split):
+    """Items to be answered and checked: up to `size` of every skill, its levels in turn, no exercise twice."""
+    for name, skill in SKILLS.items():
+        seen, tries = set(), 0
+        while len(seen) < size and tries < 50 * size:           # small skills have fewer exercises than asked for
+            level, tries = 1 + len(seen) % skill.levels, tries + 1
+            item = draw(rng, name, split, level)
+            if item.exercise not in seen:
+                seen.add(item.exercise)
+                yield {"skill": name, "level": level, "conversations": [{"role": "user", "content": item.question}],
+                       "answer": item.answer, "checker": item.checker, "max_new_tokens": skill.max_new_tokens}
+
+
+KINDS = {                                                       # kind: (its rows, its usual size)
+    "pretrain": (pretrain, 16000),
+    "sft": (sft, 24000),
+    "prompts": (lambda rng, size: exercises(rng, size, "train"), 500),
+    "skills_val": (lambda rng, size: exercises(rng, size, "val"), 40),
+    "skills_test": (lambda rng, size: exercises(rng, size, "test"), 100),
+}
+
+
+def write(kind, path, seed=0, size=0):
+    """Write one file (atomically) and return its number of records; size 0 means the kind's usual size."""
+    if kind not in KINDS:
+        raise UserError(f"unknown kind {kind!r} of built-in data; the kinds are {', '.join(KINDS)}")
+    rows, usual_size = KINDS[kind]
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    count = 0
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for record in rows(random.Random(f"{kind} {seed}"), size or usual_size):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return count
+
+
+def version():
+    """Eight hex digits that change whenever the generator's source does."""
+    digest = hashlib.sha256()
+    for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_text(encoding="utf-8").encode("utf-8"))
+    return digest.hexdigest()[:8]
+
+
+def ensure(kind, folder=FOLDER):
+    """The path of the kind's jsonl file, written first if this version of the generator has not written it yet."""
+    path = pathlib.Path(folder) / f"{kind}-{version()}.jsonl"
+    if not path.exists():
+        count = write(kind, path)
+        print(f"built-in world: wrote {count} records to {path}", file=sys.stderr)
+    return path
+
+
+def resolve(data, kind):
+    """The --data of a script: "builtin" is the stage's own `kind`, "builtin:NAME" another kind, all else are paths."""
+    parts = []
+    for part in str(data).split(","):
+        name, _, other = part.partition(":")
+        if name == "builtin" and (other or kind) not in KINDS:
+            raise UserError(f"--data {part}: the built-in world has {', '.join(KINDS)}")
+        parts.append(str(ensure(other or kind)) if name == "builtin" else part)
+    return ",".join(parts)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Write one kind of the built-in world as jsonl.", allow_abbrev=False)
+    parser.add_argument("--kind", required=True, choices=list(KINDS), help="what to write")
+    parser.add_argument("--out", required=True, help="the jsonl file to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other records of the same world")
+    parser.add_argument("--size", type=int, default=0,
+                        help="records to write; for exercises, of every skill at most (0: the usual size)")
+    args = parser.parse_args(arguments)
+    count = write(args.kind, args.out, args.seed, args.size)
+    print(f"wrote {count} records of kind {args.kind} (seed {args.seed}) to {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

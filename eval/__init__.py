@@ -1,0 +1,1 @@
+"""How we know: held-out loss and exact-match skills, always with an interval."""

@@ -1,0 +1,37 @@
+"""Log-probabilities of the tokens of a text under a model: the one definition for every trainer and evaluation."""
+
+import torch
+import torch.nn.functional as F
+
+
+def token_logprobs(model, input_ids, attention_mask=None, segment_ids=None, positions=None, temperature=1.0):
+    """log p(x_t | x_<t) of every token, and the rows' auxiliary loss.
+
+    input_ids, attention_mask, segment_ids, positions (B, T) as in `CausalLM.forward`.
+    Returns (logprobs (B, T) in at least float32, aux_loss (B,)). Position t speaks of token t, predicted from position
+    t - 1, so a mask over tokens ("1 = the model must emit this one") lines up with it; position 0, which nothing
+    predicts, is 0. `temperature` divides the logits: score with the one that was sampled with.
+    """
+    def head(hidden, lm_head):                                          # hidden (B, T, D)
+        logits = lm_head(hidden[:, :-1])                                # (B, T-1, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        nll = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+        return F.pad(-nll.view(input_ids.shape[0], -1), (1, 0))         # (B, T)
+
+    return model(input_ids, attention_mask, segment_ids, positions, head=head)
+
+
+def masked_reduce(x, mask, how, length=0):
+    """Reduce per-token values x (B, T) under mask (B, T), 1 = counts.
+
+    "token": sum(x m) / sum(m)   ·   "sequence": mean over rows of sum(x m) / sum(m) of the row   ·
+    "constant": sum(x m) / (B · length). Denominators are at least 1, so a row without targets adds 0 and never NaN.
+    """
+    total = (x * mask).sum(1)                                           # (B,)
+    if how == "token":
+        return total.sum() / mask.sum().clamp(min=1)
+    if how == "sequence":
+        return (total / mask.sum(1).clamp(min=1)).mean()
+    if how == "constant":
+        return total.sum() / (len(x) * length)
+    raise ValueError(f"how={how!r}: expected token, sequence or constant")

@@ -1,0 +1,1 @@
+"""Using it: chat, set-up and the commands that tie the stages together."""

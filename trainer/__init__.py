@@ -1,0 +1,1 @@
+"""How it learns: the shared plumbing and one standalone script per stage."""

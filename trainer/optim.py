@@ -1,0 +1,107 @@
+"""Parameter groups, the optimizers, the learning rate of a step, and the step itself."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+
+class Muon(Optimizer):
+    """Momentum whose update is orthogonalised, for weight matrices (Jordan 2024, kellerjordan.github.io/posts/muon).
+
+        m ← μ m + (1 - μ) g;   u = (1 - μ) g + μ m  (Nesterov);   W ← (1 - lr·wd) W - lr · 0.2·sqrt(max(rows, cols)) · O(u)
+
+    O(u) replaces the singular values of u by values near 1, so that every direction of the matrix learns at the same
+    pace; the factor gives the update the size of AdamW's (arXiv:2502.16982, eq. 4), so both share a learning rate.
+    It computes what torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does, with two differences: matrices of one shape
+    (experts of a mixture too) go through one batched product, and the products run in bfloat16 only where that is fast;
+    on a CPU without bfloat16 units torch's version takes longer than the rest of the training step.
+    """
+
+    def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape.setdefault(p.shape, []).append(p)
+            for shape, params in same_shape.items():
+                updates = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))
+                stacked = torch.stack(updates).to(self.dtype)              # (n, rows, cols) or (n, E, rows, cols)
+                directions = orthogonalize(stacked.flatten(0, -3)).view_as(stacked)
+                size = 0.2 * math.sqrt(max(shape[-2:]))
+                for p, direction in zip(params, directions, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction.to(p.dtype), alpha=-group["lr"] * size)
+
+
+def orthogonalize(u, steps=5, eps=1e-7):
+    """Newton-Schulz: push all singular values of u (n, rows, cols) towards 1 without computing them.
+
+    X ← a X + (b A + c A²) X with A = X Xᵀ applies the odd polynomial a s + b s³ + c s⁵ to every singular value s; five
+    rounds take anything in (0, 1] to between 0.7 and 1.2. The coefficients are Jordan's.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = u.shape[-2] > u.shape[-1]
+    x = u.mT if tall else u                                                # the product X Xᵀ is the small one
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)              # no singular value exceeds the norm
+    for _ in range(steps):
+        A = x @ x.mT                                                       # (n, rows, rows)
+        x = a * x + (b * A + c * (A @ A)) @ x
+    return x.mT if tall else x
+
+
+def build_optimizers(model, cfg, dtype=torch.float32):
+    """The optimizers of a model: a list, in a fixed order, which together own every trainable parameter once.
+
+    Matrices inside the blocks go to Muon (or AdamW with decay); embeddings and head to AdamW with decay; norm gains and
+    biases to AdamW without, because pulling a gain towards 0 regularises nothing.
+    """
+    hidden, tables, vectors = [], [], []
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.lm_head.weight)}
+    for p in model.parameters():
+        if p.requires_grad:
+            (vectors if p.dim() < 2 else tables if id(p) in embeddings else hidden).append(p)
+    decayed = tables if cfg.optimizer == "muon" else tables + hidden
+    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    optimizers = [AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    if cfg.optimizer == "muon" and hidden:
+        optimizers.append(Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype))
+    return optimizers
+
+
+def lr_at(step, total_steps, cfg):
+    """Learning rate of update `step` (1 … total_steps): 0 → lr over warmup_steps, then down to exactly lr / 10.
+
+    wsd stays at lr and goes down linearly over the last 30 % of the steps; cosine goes down all the way; constant stays.
+    """
+    warmup = min(cfg.warmup_steps, total_steps - 1)
+    if step < warmup:
+        return cfg.lr * step / warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    down = (total_steps - warmup) * (0.3 if cfg.schedule == "wsd" else 1.0)      # length of the way down
+    progress = min(max(1 - (total_steps - step) / max(down, 1), 0.0), 1.0)       # 0 at its start, 1 at the last step
+    if cfg.schedule == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return cfg.lr * (1 - 0.9 * progress)
+
+
+def optimizer_step(model, optimizers, lr, grad_clip):
+    """Clip the gradient to norm `grad_clip`, update, clear. Returns the norm before clipping, a 0-d tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
