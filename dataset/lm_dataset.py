@@ -112,17 +112,17 @@ def plan_rows(lengths, max_len, cut):
             piece = take(index)
             place(piece)
             space -= piece[2] - piece[1]
-        elif cut and (sizes[-1] > space or (space > 3 and (len(sizes) > 1 or len(waiting[sizes[0]]) > 1))):
+        elif cut and (sizes[-1] > space or (space > 3 and len(waiting[sizes[-1]]) > 1)):
+            # Cut the longest to fill the space. Where all that wait are one token short of it, halve one: the halves
+            # share a token, so together they fill it.
             number, begin, stop = take(len(sizes) - 1)
-            # All that is left is one token short of the space: the two halves of one piece fill it.
             size = space if stop - begin > space else space // 2
             place((number, begin, begin + size))
             put_back((number, begin + size - 1, stop))
             space -= size
-        elif cut and sizes[0] == space - 1:
-            place(take(0))
-            space = 0
         else:
+            if cut:                                       # the last piece, or two-token pieces only
+                place(take(0))
             space = 0
         if space < 2:
             rows.append(len(text))

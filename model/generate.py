@@ -168,9 +168,9 @@ def draw(logits, uniform=None):
         tokens = logits.argmax(-1)
     else:
         total = logprobs.exp().cumsum(-1)                                  # (B, V)
-        # Scaled by the actual sum and strictly below it, the mark always falls on a token of non-zero probability.
-        mark = uniform.clamp(max=1 - 2**-23)[:, None] * total[:, -1:]      # (B, 1)
-        tokens = torch.searchsorted(total, mark, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        # Scaled by the actual sum, the mark stays strictly below it, so it falls on a token of non-zero probability.
+        mark = uniform[:, None] * total[:, -1:]                            # (B, 1)
+        tokens = torch.searchsorted(total, mark, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)  # V only for NaN
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
@@ -438,7 +438,9 @@ def check(model, prompts, params, tokenizer):
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise UserError(f"prompt {i} holds an id outside 0..{vocab - 1}: is this the model's own tokenizer?")
     stop_ids = params.stop_ids or (tokenizer.stop_ids if tokenizer is not None else ())
-    seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+    seed = params.seed
+    if seed is None:                                                       # greedy search leaves the generator alone
+        seed = int(torch.randint(2**62, ())) if params.temperature > 0 else 0
     return tuple(stop_ids), [min(params.max_new_tokens, limit - len(prompt)) for prompt in prompts], seed
 
 

@@ -14,6 +14,7 @@ assistant has to produce (its words and the end of its turn), 0 on headers and o
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -82,9 +83,8 @@ class Tokenizer:
         named = {key: _token_text(config.get(f"{key}_token")) for key in ("bos", "eos", "pad", "unk")}
         self._names = {f"{key}_token": text for key, text in named.items() if text is not None}  # for templates
         ids = {key: special[text] for key, text in named.items() if text in special}
-        rule.special = special
         if "eos" not in ids:
-            raise UserError(f"{rule.source.parent}: tokenizer_config.json names no eos_token of this vocabulary; add one")
+            raise UserError(f"{rule.source.parent / 'tokenizer_config.json'} must name an eos_token of this vocabulary")
         self.eos_id = next((special[text] for text in DOCUMENT_ENDS if text in special), ids["eos"])
         self.end_of_turn_id = next((special[text] for text in TURN_ENDS if text in special), ids["eos"])
         self.bos_id = ids.get("bos", self.eos_id)
@@ -107,15 +107,15 @@ class Tokenizer:
             shipped = ", ".join(sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
             raise UserError(f"no tokenizer {str(name_or_folder)!r}: neither a folder nor one of {shipped}")
         config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        listed = config.get("added_tokens_decoder", {}).items()
+        added = {token["content"]: (int(index), token.get("special", False)) for index, token in listed}
         if (folder / "tokenizer.json").exists():
             rule = _BPE(folder / "tokenizer.json")
         elif (folder / "tokenizer.model").exists():
-            rule = _SentencePiece(folder / "tokenizer.model")
+            rule = _SentencePiece(folder / "tokenizer.model", added)
         else:
             raise UserError(f"{folder} holds neither tokenizer.json nor tokenizer.model")
-        added = dict(rule.added)  # {text: (id, hidden)}
-        for index, token in config.get("added_tokens_decoder", {}).items():
-            added[token["content"]] = (int(index), token.get("special", False))
+        added = rule.added | added
         special = {text: index for text, (index, _) in added.items()}
         hidden = [index for index, is_hidden in added.values() if is_hidden]
         return cls(rule, special, hidden, config, _read_template(folder, config))
@@ -142,10 +142,12 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of ordinary text. No special token comes out, whatever the text spells; none is added."""
-        return self.rule.encode([text])[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts):
         """`encode` of each text, in parallel where the library can."""
+        for text in texts:
+            _check_unicode(text)
         return self.rule.encode(texts)
 
     def decode(self, ids, skip_special=True):
@@ -207,11 +209,10 @@ class Tokenizer:
         if self.chat_template is None:
             raise UserError(f"{self.rule.source.parent} has no chat template; give --chat_template chatml")
         messages = [_for_template(message) for message in messages]
-        # Private characters that occur nowhere in the conversation: BREAK is put inside everything in it that spells
-        # a special token, so that what still spells one after rendering was written by the template.
+        # Three letters (cuneiform, if free) that occur nowhere in the conversation. BREAK is put inside everything in
+        # it that spells a special token, so that what still spells one after rendering was written by the template.
         used = set(json.dumps([messages, tools], ensure_ascii=False)) | set(self.chat_template)
-        private = (chr(code) for code in range(0xF0000, 0xFFFFE))
-        BREAK, BEGIN, END = [next(c for c in private if c not in used) for _ in range(3)]
+        BREAK, BEGIN, END = itertools.islice((c for c in map(chr, range(0x12000, 0x110000)) if c not in used), 3)
         messages = [_map_text(message, lambda text: self._break(text, BREAK)) for message in messages]
         tools = _map_text(tools, lambda text: self._break(text, BREAK)) or None
 
@@ -227,6 +228,7 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses this conversation: {error}") from error
 
+        _check_unicode(text)
         ids, mask, inside, after_special = [], [], 0, True
         for part in re.split(f"({BEGIN}|{END}|{self._special_pattern})", text):
             if part in (BEGIN, END):
@@ -274,8 +276,12 @@ class Tokenizer:
 
     @cached_property
     def _special_pattern(self):
-        """Regular expression for any special token, the longest first."""
-        return "|".join(re.escape(text) for text in sorted(self.special, key=len, reverse=True)) or r"(?!)"
+        """Regular expression for any special token, the longest first.
+
+        The names of SPECIAL_TOKENS are boundaries in every vocabulary: where <think> is no token of its own, it is
+        still cut by itself, at the end of a prompt as well as in training.
+        """
+        return "|".join(re.escape(text) for text in sorted({*self.special, *SPECIAL_TOKENS}, key=len, reverse=True))
 
     @cached_property
     def _template(self):
@@ -292,7 +298,7 @@ class Tokenizer:
 
     @cached_property
     def _template_tags(self):
-        return set(re.findall(r"\{%-?\s*(\w+)", self.chat_template))
+        return set(re.findall(r"\{%[-+]?\s*(\w+)", self.chat_template))
 
 
 class StreamDecoder:
@@ -311,7 +317,9 @@ class StreamDecoder:
     def push(self, index):
         """The text that token `index` completes, "" while a character is incomplete."""
         index = int(index)
-        return self._emit("" if index in self._dropped else self._bytes.decode(self._pieces[index]))
+        if index in self._dropped or index >= len(self._pieces):  # a model's table may be longer than the vocabulary
+            return ""
+        return self._emit(self._bytes.decode(self._pieces[index]))
 
     def flush(self):
         """What is left at the end: U+FFFD for a character that never became whole."""
@@ -334,34 +342,38 @@ class _BPE:
         self.source = path
         spec = _read_json(path)
         model = spec.get("model", {})
-        if model.get("type", "BPE") != "BPE":
-            raise UserError(f"{path}: model type {model['type']} is not supported; this project reads BPE vocabularies")
+        if not {"vocab", "merges"} <= model.keys():
+            raise UserError(f"{path}: its model ({model.get('type', 'none')}) is not BPE, the only kind read here")
         self.added = {t["content"]: (t["id"], t["special"]) for t in spec.get("added_tokens", [])}
 
         # Ordinary text is cut by a copy without added tokens. (`encode_special_tokens` would not do: it protects only
         # those marked special, and Qwen's <think> and <tool_call> are not.) They leave the vocabulary as well, since
-        # `ignore_merges` takes a word that is in it whole. Only <unk> must stay, if the model points at it.
-        vocab = {piece: i for piece, i in model["vocab"].items() if piece not in self.added or piece == model.get("unk_token")}
+        # `ignore_merges` takes a word that is in it whole. Only <unk> stays, because the model points at it.
+        leave = self.added.keys() - {model.get("unk_token")}
+        vocab = {text: index for text, index in model["vocab"].items() if text not in leave}
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        merges = [pair for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
         plain = spec | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        plain["model"] = model | {"vocab": vocab}
+        plain["model"] = model | {"vocab": vocab, "merges": merges}
         self.definition = json.dumps(plain, sort_keys=True).encode()
         self._first = self._library(plain, path)
 
-        layers = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer"), spec.get("decoder")])
-        if '"ByteLevel"' in layers:
-            self.prefix_space = '"add_prefix_space": true' in json.dumps(spec.get("pre_tokenizer"))
+        before = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")], ensure_ascii=False)
+        everything = before + json.dumps(spec.get("decoder"), ensure_ascii=False)
+        if '"ByteLevel"' in everything:
             as_bytes = _from_byte_level
-        elif "▁" in json.dumps(layers, ensure_ascii=False) or "\\u2581" in layers:
-            self.prefix_space = '"Prepend"' in layers or bool(re.search(r'"prepend_scheme": "(first|always)"', layers))
+        elif "▁" in everything:
             as_bytes = _from_sentencepiece
         else:
-            raise UserError(f"{path}: neither byte-level BPE nor BPE with SentencePiece's spaces")
-        # Where a prefix space is added: by default at every piece (Llama 2, "always"), with "first" only at the start.
-        self._prefix_everywhere = '"prepend_scheme": "first"' not in layers
+            raise UserError(f"{path}: this BPE is neither byte-level (as Qwen's) nor SentencePiece's (as Llama 2's)")
+        # A space before the text: at every stretch of it (Llama 2; scheme "always") or only at its start ("first").
+        spaces = r'"Prepend"|"add_prefix_space": true|"prepend_scheme": "(first|always)"'
+        self.prefix_space = bool(re.search(spaces, before)) and '"prepend_scheme": "never"' not in before
+        self._prefix_everywhere = '"prepend_scheme": "first"' not in before
         self._later = self._library(_without_prefix(plain), path) if self.prefix_space else self._first
         self.pieces = [b""] * (max(vocab.values(), default=-1) + 1)
-        for piece, index in vocab.items():
-            self.pieces[index] = as_bytes(piece)
+        for text, index in vocab.items():
+            self.pieces[index] = as_bytes(text)
 
     @staticmethod
     def _library(spec, path):
@@ -383,7 +395,8 @@ class _BPE:
 class _SentencePiece:
     """tokenizer.model through the `sentencepiece` library."""
 
-    def __init__(self, path):
+    def __init__(self, path, added):
+        """`added`: {text: (id, hidden)} from tokenizer_config.json."""
         self.source = path
         self.definition = path.read_bytes()
         self._first = self._library(self.definition, path)
@@ -395,7 +408,7 @@ class _SentencePiece:
         control = [i for i in range(len(names)) if self._first.is_control(i) or self._first.is_unknown(i)]
         self.added = {names[i]: (i, True) for i in control}
         self.pieces = [_from_sentencepiece(name) for name in names]
-        self.special = {}  # set by Tokenizer: also what tokenizer_config.json adds
+        self._special = {index: text for text, (index, _) in (self.added | added).items()}
 
     @staticmethod
     def _library(definition, path):
@@ -412,14 +425,15 @@ class _SentencePiece:
         return self._cut(text, self._first if after_special else self._later)
 
     def _cut(self, text, model):
-        """Control symbols are never found in text, symbols "defined by the user" are: those are cut apart first."""
+        """Ids of `text`. Control symbols are never found in text; special ones "defined by the user" are, and then the
+        text is cut apart inside each of them first."""
         ids = model.encode(text)
-        found = [name for name, index in self.special.items() if index in ids and name in text]
+        found = self._special.keys() & set(ids)
         if not found:
             return ids
-        head, tail = text.split(found[0], 1)
-        middle = len(head) + 1
-        return self._cut(text[:middle], model) + self._cut(text[middle:], self._later)
+        spelled = self._special[min(found)]
+        cut = text.index(spelled) + 1
+        return self._cut(text[:cut], model) + self._cut(text[cut:], self._later)
 
 
 def _byte_alphabet():
@@ -446,7 +460,7 @@ def _from_sentencepiece(piece):
 def _without_prefix(spec):
     """A tokenizer.json that puts no space before the text."""
     if isinstance(spec, list):
-        return [_without_prefix(item) for item in spec if not (isinstance(item, dict) and item.get("type") == "Prepend")]
+        return [_without_prefix(item) for item in spec if item.get("type") != "Prepend"]
     if not isinstance(spec, dict):
         return spec
     off = {"prepend_scheme": "never", "add_prefix_space": False}
@@ -484,6 +498,15 @@ def _for_template(message):
         calls.append({"id": call.get("id", f"call{i:05d}"), "type": "function", "function": function, **function})
     message = message | {"content": content}
     return message | {"tool_calls": calls} if calls else message
+
+
+def _check_unicode(text):
+    """Half of a surrogate pair (JSON can spell one: "\\ud83d") is no character and has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 20, 0) : error.start + 20]
+        raise UserError(f"half a surrogate pair, which is not valid Unicode, at {around!r}; repair the text") from error
 
 
 def _map_text(value, change):
@@ -538,9 +561,11 @@ def lift_structure(message):
             call = json.loads(text)
         except json.JSONDecodeError as error:
             return message, f"<tool_call> does not hold JSON: {error}"
-        if not (isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)):
-            return message, '<tool_call> does not hold {"name": text, "arguments": {…}}'
-        lifted["tool_calls"].append({"name": call["name"], "arguments": call["arguments"]})
+        match call:
+            case {"name": str(name), "arguments": dict(arguments)}:
+                lifted["tool_calls"].append({"name": name, "arguments": arguments})
+            case _:
+                return message, '<tool_call> does not hold {"name": text, "arguments": {…}}'
     twice = sorted(key for key in lifted if message.get(key))
     if twice:
         return message, f"{', '.join(twice)} given both as a field and as a tag in the content"
@@ -582,9 +607,12 @@ def _raise_exception(message):
 def _read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            value = json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 def _read_template(folder, config):

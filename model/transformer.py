@@ -19,7 +19,7 @@ from model.moe import MoE
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in at least float32 inside (arXiv:1910.07467, eq. 4)."""
+    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension, inside in float32 or more (arXiv:1910.07467)."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -43,20 +43,21 @@ def rope_frequencies(config):
     tokens apart, and slow only the pairs that turn less than about once within L0.
     """
     d, base = config.head_dim, config.rope_theta
-    theta = base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)            # (d/2,)
+    # In float32 and in this order, as published models were trained: at position 30000 the last bit counts.
+    theta = 1.0 / base ** (torch.arange(0, d, 2).float() / d)                     # (d/2,)
     scaling = config.rope_scaling
     if scaling is None:
-        return theta.float(), 1.0
+        return theta, 1.0
     s = scaling["factor"]
     if scaling["rope_type"] == "linear":
-        return (theta / s).float(), 1.0
+        return theta / s, 1.0
 
     L0 = scaling["original_max_position_embeddings"]
     if scaling["rope_type"] == "llama3":
         turns = L0 * theta / (2 * math.pi)                                        # turns within the trained context
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)                         # 1 = fast pair, left as it is
-        return (theta * keep + theta / s * (1 - keep)).float(), 1.0
+        return theta * keep + theta / s * (1 - keep), 1.0
 
     def pair_that_turns(n):                                                       # c(n): index of the pair, as a float
         return d * math.log(L0 / (2 * math.pi * n)) / (2 * math.log(base))
@@ -66,7 +67,7 @@ def rope_frequencies(config):
         lo, hi = math.floor(lo), math.ceil(hi)
     lo, hi = max(lo, 0), min(hi, d - 1)
     hi = hi if hi != lo else lo + 0.001
-    ramp = ((torch.arange(d // 2, dtype=torch.float64) - lo) / (hi - lo)).clamp(0, 1)             # 1 = slow pair
+    ramp = ((torch.arange(d // 2).float() - lo) / (hi - lo)).clamp(0, 1)           # 1 = slow pair
     factor = scaling.get("attention_factor")
     if factor is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -74,7 +75,7 @@ def rope_frequencies(config):
             factor = yarn_temperature(s, mscale) / yarn_temperature(s, mscale_all)
         else:
             factor = yarn_temperature(s)
-    return (theta * (1 - ramp) + theta / s * ramp).float(), factor
+    return theta * (1 - ramp) + theta / s * ramp, factor
 
 
 def yarn_temperature(s, mscale=1.0):
@@ -112,9 +113,9 @@ def attention_mask_for(T, past, device, padding=None, segment_ids=None, window=0
 
 
 def slow_attention(q, k, v, mask=None):
-    """softmax(q kᵀ / sqrt(d)) v, spelled out. q (B,H,T,d), k and v (B,K,S,d), mask as above; None = causal or one query.
+    """softmax(q kᵀ / sqrt(d)) v, spelled out. q (B,H,T,d), k and v (B,K,S,d); mask as above, None = causal.
 
-    The model calls torch's fused kernel instead; tests/test_transformer.py holds the two equal.
+    The model calls torch's fused kernel instead; tests/test_transformer_oracle.py holds the two equal.
     """
     H, K, T, S = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))                   # (B, H, S, d): a kv head serves H/K

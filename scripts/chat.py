@@ -224,6 +224,7 @@ def talk(chat):
         try:
             line = input("> " if typed else "").strip()
         except EOFError:
+            show("\n" if typed else "")
             return
         except KeyboardInterrupt:
             show("\n" + dim("/exit leaves") + "\n")

@@ -11,6 +11,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.errors import UserError
 from model.generate import (
+    Batch,
     KVCache,
     SamplingParams,
     StopScanner,
@@ -21,6 +22,7 @@ from model.generate import (
     keep_top_k,
     keep_top_p,
     penalize_repetition,
+    run_batch,
     stream,
 )
 from model.logprobs import token_logprobs
@@ -136,6 +138,7 @@ def test_top_k_top_p_min_p_by_hand():
     assert allowed(keep_top_p(logits, 0.49)) == [[False, True, False, False]]
     assert allowed(keep_top_p(logits, 0.51)) == [[False, True, False, True]]  # 0.5 is too little, 0.8 enough
     assert allowed(keep_top_p(logits, 0.9)) == [[True, True, False, True]]
+    assert sum(allowed(keep_top_p(torch.zeros(1, 2), 0.5))[0]) == 1           # 0.5 is enough for 0.5
     assert allowed(keep_min_p(logits, 0.29)) == [[True, True, False, True]]   # threshold 0.145
     assert allowed(keep_min_p(logits, 1.0)) == [[False, True, False, False]]
 
@@ -178,6 +181,11 @@ def test_draw_inverts_the_cumulative_distribution():
     tokens, logprobs = draw(logits, torch.tensor([0.0, 0.249, 0.251, 0.749, 0.751, 1 - 2**-24]))
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3]                            # never 1 or 4, whose probability is 0
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.25, 0.25, 0.5, 0.5, 0.25, 0.25]))
+    assert draw(torch.tensor([[-INF, 0.0]]), torch.zeros(1))[0].tolist() == [1]
+    torch.manual_seed(0)
+    logits = torch.randn(2000, 64)                                          # sums that round to above and below 1
+    logits[:, -9:] = -INF
+    assert draw(logits, torch.full((2000,), 1 - 2**-24))[0].max() == 54     # the largest number that is drawn
 
 
 @pytest.mark.parametrize("options", [dict(temperature=1.0), dict(temperature=1.5, top_k=12, top_p=0.9, min_p=0.02)])
@@ -252,7 +260,7 @@ def test_autocast_computes_and_caches_in_bfloat16(model):
             with torch.no_grad():
                 logprobs, _ = token_logprobs(model, torch.tensor([prompt + c.ids]))
             torch.testing.assert_close(torch.tensor(c.logprobs), logprobs[0, len(prompt):], atol=0.2, rtol=0)
-        model(torch.tensor([prompts[-1]])).logits.float().sum().backward()  # what was cast while sampling is not in the way
+        model(torch.tensor([prompts[-1]])).logits.float().sum().backward()  # weights cast while sampling do not hinder
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
     model.zero_grad()
 
@@ -264,6 +272,7 @@ def test_seed_reproduces_and_a_row_depends_on_its_own_place_only(model):
     assert ids_of(got) != ids_of(generate(model, prompts, SamplingParams(20, 1.0, seed=6, stop_ids=(1, 2, 3, 4)),
                                           num_samples=3))
     assert len(set(map(tuple, ids_of(got)))) > 15                           # samples of one prompt differ
+    assert len(set(map(tuple, ids_of(generate(model, [[5]] * 9, params))))) > 5  # and so do equal prompts
     # other neighbours, other split into batches, fewer samples: the same rows
     other = generate(model, [*prompts[:4], [1] * 30], params, num_samples=3)
     assert ids_of(other[:4]) == ids_of(got[:4])
@@ -278,6 +287,10 @@ def test_without_seed_torch_decides(model):
     first, second = generate(model, [[5]], params), generate(model, [[5]], params)
     torch.manual_seed(1)
     assert ids_of(generate(model, [[5]], params)) == ids_of(first) != ids_of(second)
+    before = torch.get_rng_state()
+    generate(model, [[5]], SamplingParams(10, 0.0))
+    generate(model, [[5]], SamplingParams(10, 1.0, seed=4))
+    assert torch.equal(torch.get_rng_state(), before)                       # a training run that looks is undisturbed
 
 
 def test_samples_from_one_prefill_equal_separate_prompts(model):
@@ -341,6 +354,16 @@ def test_finish_reasons_and_the_stop_token(tokenizer):
     assert (plain.finish_reason, plain.text, plain.ids) == ("length", "", script)
     own = generate(model, [[20]], SamplingParams(50, 0.0, stop_ids=(script[1],)), tokenizer)[0][0]
     assert (own.ids, own.text) == (script[:2], tokenizer.decode(script[:1]))
+
+
+def test_a_row_that_has_ended_is_not_touched_by_what_follows(tokenizer):
+    script = [30, 31, 32, 33, 1, 34]
+    params = SamplingParams(6, 0.0, stop_strings=(tokenizer.decode([33]),))
+    for chosen in (SamplingParams(6, 0.0), params):
+        batch = Batch(Scripted(script, tokenizer.vocab_size), [[20]] * 8, chosen, 1, 6)
+        got = run_batch(batch, torch.zeros(8, 6), [2] + [6] * 7, (1,), tokenizer)
+        assert (got[0].ids, got[0].finish_reason, got[0].text) == (script[:2], "length", tokenizer.decode(script[:2]))
+        assert {c.finish_reason for c in got[1:]} == {"stop"}
 
 
 def test_rows_end_where_the_positions_of_the_model_do(model):

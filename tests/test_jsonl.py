@@ -17,8 +17,7 @@ SYSTEM, REFUSAL = {"role": "system", "content": "S"}, {"role": "assistant", "con
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "CACHE", tmp_path / "cache")
+def unwarned():
     jsonl.warn.cache_clear()
 
 
@@ -250,7 +249,7 @@ def test_the_index_is_kept_and_follows_the_file(tmp_path, monkeypatch):
         assert len(JsonlFile(path)) == 1
     write(path, {"text": "a"}, {"text": "b"})
     assert len(JsonlFile(path)) == 2
-    assert all(file.parent == jsonl.CACHE for file in tmp_path.rglob("*.int64"))
+    assert len(list(jsonl.CACHE.glob("*.int64"))) == 2 and [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_file_is_not_held_in_memory(tmp_path):

@@ -23,8 +23,7 @@ WORDS = "the cat sat on a mat and looked at two small birds in the old tree æ±‰å
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "CACHE", tmp_path / "cache")
+def unwarned():
     jsonl.warn.cache_clear()
 
 
@@ -183,7 +182,7 @@ def test_files_of_both_kinds_together(tmp_path, tokenizer):
     parts = [PretrainDataset(tmp_path / "data", tokenizer, max_len=16, split=split) for split in ("train", "val")]
     assert whole.report["records"] == 18
     assert sum(part.report["bytes"] for part in parts) == whole.report["bytes"]
-    assert [part.report["records"] for part in parts] == [17, 2]    # of 17 records one is held out; a part of c.txt each
+    assert [part.report["records"] for part in parts] == [17, 2]    # one of 17 records is held out, and an end of c.txt
 
 
 # --- splits
@@ -253,6 +252,20 @@ def test_what_answers_a_user_goes_with_it(tokenizer):
     whole = len(tokenizer.render(messages)[0])
     ids, _, dropped = render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1)
     assert dropped == 1 and ids == tokenizer.render(messages[4:])[0]
+
+
+def test_two_turns_of_a_user_go_together(tokenizer):
+    messages = [*chat("1", "2")["conversations"], {"role": "user", "content": "3"}, *chat("4", "5")["conversations"]]
+    whole = len(tokenizer.render(messages)[0])
+    ids, _, dropped = render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1)
+    assert dropped == 1 and ids == tokenizer.render(messages[2:])[0]
+
+
+def test_a_conversation_left_without_an_answer_is_dropped(tokenizer):
+    messages = chat("1", "2", "3")["conversations"]
+    whole = len(tokenizer.render(messages)[0])
+    assert render_to_fit({"messages": messages, "tools": None}, tokenizer, whole)[0]
+    assert render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1) == ([], [], 1)
 
 
 def test_what_cannot_fit_is_dropped_and_counted(tmp_path, tokenizer, capsys):
@@ -357,6 +370,15 @@ def test_the_cache_of_conversations_knows_template_and_length(tmp_path, tokenize
     counting.tokenizer = tokenizer.with_chat_template(tmp_path / "other.jinja")
     SFTDataset(path, counting, max_len=256)
     assert counting.count == 30
+
+
+@pytest.mark.parametrize("vocab_size", [1 << 16, (1 << 16) + 1])
+def test_large_ids_survive_the_cache(vocab_size, tmp_path, tokenizer):
+    large = Counting(tokenizer)
+    large.vocab_size = vocab_size
+    large.encode_batch = lambda texts: [[vocab_size - 1] for _ in texts]
+    data = PretrainDataset(documents(tmp_path / "a.jsonl", 1), large, max_len=3)
+    assert data[0]["input_ids"].tolist() == [tokenizer.bos_id, vocab_size - 1, tokenizer.eos_id]
 
 
 def test_a_dataset_travels_to_another_process_without_its_tokens(tmp_path, tokenizer):

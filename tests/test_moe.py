@@ -232,7 +232,7 @@ def test_bias_moves_load_away_from_an_overloaded_expert():
         moe(x)
         after = expert_load(moe)[0]
         update_router_bias(moe, u=0.01)
-    assert before.max() > 2 / 8, "the test needs an unbalanced start"
+    assert before.max() > 1.7 / 8, "the test needs an unbalanced start"
     assert after.max() < 1.3 / 8 and after.min() > 0.7 / 8
     assert moe.gate.e_score_correction_bias.grad_fn is None and not moe.gate.e_score_correction_bias.requires_grad
     assert "gate.e_score_correction_bias" not in dict(moe.named_parameters())

@@ -1,20 +1,20 @@
 """
 Train a tokenizer: byte pair encoding  (Sennrich et al. 2016, arXiv:1508.07909, algorithm 1), over bytes as in GPT-2
 
-Start from the 256 bytes. Count how often each pair of neighbouring tokens occurs, make the most frequent pair a token of
-its own, and repeat until the vocabulary is full: frequent words end up as one token, rare ones fall apart into shorter
-pieces, and nothing is ever unknown. Merges stay inside the "words" that a fixed pattern cuts first (Qwen2's: a word
-takes the space before it along, digits stand alone, so that arithmetic is done on digits).
+Start from the 256 bytes. Count how often each pair of neighbouring tokens occurs, make the most frequent pair a token
+of its own, and repeat until the vocabulary is full: frequent words end up as one token, rare ones fall apart into
+shorter pieces, and nothing is ever unknown. Merges stay inside the "words" that a fixed pattern cuts first (Qwen2's: a
+word takes the space before it along, digits stand alone, so that arithmetic is done on digits).
 
     ids 0 …   special tokens   <|pad|> <|endoftext|> <|im_start|> <|im_end|> <tool_call> … <answer> </answer>
     then      spare ones       <|spare_0|> … for what comes later, without changing any other id
-    then      256 bytes, then merges in the order in which they were found
+    then      256 bytes, then merges in the order in which they were found; last, single letters that lacked a merge
 
 `--kind sentencepiece` trains the same algorithm with the SentencePiece library (Kudo and Richardson 2018,
 arXiv:1808.06226): characters instead of bytes, bytes only for characters that the vocabulary lacks.
 
-reads   any jsonl that the other stages read (all text in it), .txt, each also .gz; several with a weight each, how often
-        their text counts: --data novels.txt:0.5,poems.jsonl:2
+reads   any jsonl that the other stages read (all text in it), .txt, each also .gz; several with a weight each, which
+        says how often their text counts: --data novels.txt:0.5,poems.jsonl:2
 writes  out/tokenizer   tokenizer.json (or tokenizer.model), tokenizer_config.json, chat_template.jinja
 run     python trainer/train_tokenizer.py --data builtin --vocab_size 768
         python trainer/train_tokenizer.py --data builtin --tokenizer base --report          measures an existing one
@@ -50,17 +50,19 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SENTENCE_LIMIT = 8192  # bytes of one "sentence" for SentencePiece, which skips longer ones
 
 
 @dataclass
 class Config:
-    data: str = arg("builtin", "what to train on or to measure: builtin, builtin:KIND, or files FILE[:WEIGHT],… (jsonl, txt, gz)")
-    out: str = arg("out/tokenizer", "folder to write")
-    kind: str = arg("bpe", "bpe: byte-level, tokenizer.json; sentencepiece: tokenizer.model", choices=("bpe", "sentencepiece"))
+    data: str = arg("builtin", "what to learn or measure: builtin, builtin:KIND, or FILE[:WEIGHT],… (jsonl, txt, gz)")
+    out: str = arg("", "folder to write (default: out/tokenizer)")
+    kind: str = arg("bpe", "bpe (tokenizer.json) or sentencepiece (tokenizer.model)", choices=("bpe", "sentencepiece"))
     vocab_size: int = arg(6400, "number of ids, special tokens and bytes included")
     num_spare: int = arg(20, "spare special tokens")
     max_piece: int = arg(16, "longest token, in characters of the alphabet (bytes for bpe)")
+    character_coverage: float = arg(0.9995, "sentencepiece: share of characters with an id; the rest is bytes")
     report: bool = arg(False, "print what the tokenizer does to each file of --data")
     tokenizer: str = arg("", "with --report: measure this one (nano, base or a folder) and train nothing")
     overwrite: bool = arg(False, "replace the folder --out")
@@ -105,33 +107,31 @@ def train_bpe(texts, vocab_size, num_spare=20, max_piece=16):
 def keep_letters(model):
     """Make every letter with a space before it one token, in place: a word spelled "r u b y" is one token a letter.
 
-    What lacks takes the place of the last merges found, and the lowest rank, so it changes the cut of nothing else.
+    The letters that lack it take the place of the last tokens found, and the lowest rank: nothing else is cut anew.
     """
     vocab, merges = model["vocab"], model["merges"]
-    wanted = [("Ġ", letter) for letter in string.ascii_letters]  # Ġ is how byte-level BPE writes a space
-    dropped = 0
-    while True:
-        kept = merges[: len(merges) - dropped]
-        known = {tuple(pair) for pair in kept}
-        missing = [pair for pair in wanted if pair not in known]
-        if len(missing) <= dropped or not kept:
+    by_id = sorted(vocab, key=vocab.get)
+    for room in range(len(merges) + 1):
+        dropped = set(by_id[len(by_id) - room :])
+        kept = [pair for pair in merges if dropped.isdisjoint({*pair, "".join(pair)})]
+        found = {"".join(pair) for pair in kept}
+        missing = [["Ġ", letter] for letter in string.ascii_letters if "Ġ" + letter not in found]  # Ġ is a space
+        if len(missing) <= room:
             break
-        dropped = len(missing)
-    for pair in merges[len(kept) :]:
-        del vocab["".join(pair)]
-    for pair in missing[:dropped]:
+    for token in dropped:
+        del vocab[token]
+    for pair in missing[:room]:
         vocab["".join(pair)] = len(vocab)
-        kept.append(list(pair))
-    model["merges"] = kept
+    model["merges"] = kept + missing[:room]
 
 
-def train_sentencepiece(texts, vocab_size, num_spare=20, max_piece=16):
+def train_sentencepiece(texts, vocab_size, num_spare=20, max_piece=16, character_coverage=0.9995):
     """SentencePiece BPE with byte fallback of an iterable of strings → the content of tokenizer.model (bytes).
 
     Text is kept as it is: no normalization, no space put before it, spaces and line breaks not collapsed.
     """
-    pad, end, *control = special_tokens(num_spare)
-    check_size(vocab_size, [pad, end, "<unk>", *control])
+    pad, end, *control = special = special_tokens(num_spare)
+    check_size(vocab_size, [*special, "<unk>"])
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -142,7 +142,7 @@ def train_sentencepiece(texts, vocab_size, num_spare=20, max_piece=16):
             byte_fallback=True,
             split_digits=True,
             max_sentencepiece_length=max_piece,
-            character_coverage=0.9995,
+            character_coverage=character_coverage,
             max_sentence_length=SENTENCE_LIMIT,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -152,12 +152,15 @@ def train_sentencepiece(texts, vocab_size, num_spare=20, max_piece=16):
             eos_id=1,
             eos_piece=end,
             bos_id=-1,
-            unk_id=2,
+            unk_id=len(special),  # required by the format; bytes stand in for what is unknown
             control_symbols=control,
             num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
+        if "character_coverage" in str(error):
+            message = f"--vocab_size {vocab_size} is too small for the different characters of this data"
+            raise UserError(f"{message}: raise it, or lower --character_coverage (now {character_coverage})") from error
         raise UserError(f"SentencePiece cannot train on this data: {error}") from error
     return model.getvalue()
 
@@ -179,10 +182,22 @@ def check_size(vocab_size, special):
         )
 
 
-def tokenizer_config(kind):
+def tokenizer_config(kind, num_spare):
     """The content of tokenizer_config.json (the classes are stock transformers')."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast" if kind == "bpe" else "LlamaTokenizer",
+    if kind == "bpe":
+        of_kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+        tokens = [(text, SPECIAL_TOKENS.get(text, True)) for text in [*special_tokens(num_spare), "<unk>"]]
+        added = {str(i): {"content": text, "special": special, **flags} for i, (text, special) in enumerate(tokens)}
+        of_kind = {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": False,
+            "unk_token": "<unk>",
+            "added_tokens_decoder": added,
+        }
+    return of_kind | {
         "bos_token": "<|endoftext|>",
         "eos_token": "<|im_end|>",
         "pad_token": "<|pad|>",
@@ -193,14 +208,16 @@ def tokenizer_config(kind):
     }
 
 
-def write(folder, kind, trained):
+def write(folder, kind, trained, num_spare=20):
     """The tokenizer's folder from what `train_…` returned → Tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "bpe":
         (folder / "tokenizer.json").write_text(trained, encoding="utf-8", newline="\n")
+        (folder / "tokenizer.model").unlink(missing_ok=True)
     else:
+        (folder / "tokenizer.json").unlink(missing_ok=True)
         (folder / "tokenizer.model").write_bytes(trained)
-    config = json.dumps(tokenizer_config(kind), indent=2) + "\n"
+    config = json.dumps(tokenizer_config(kind, num_spare), indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(config, encoding="utf-8", newline="\n")
     shutil.copyfile(CHATML, folder / "chat_template.jinja")
     return Tokenizer.load(folder)
@@ -237,7 +254,10 @@ def weighted_texts(parts):
 # --- report
 
 REPORT_BYTES = 10_000_000  # of each file
-SAMPLES = ["strawberry reversed", "internationalization", "  two  spaces", "12 + 345 = 357", "3.14159", "人工智能 你好", "naïve 😀"]
+SAMPLES = (
+    *("strawberry reversed", "internationalization", "r u b y", "  two  spaces"),
+    *("12 + 345 = 357", "3.14159", "人工智能 你好", "naïve 😀"),
+)
 
 
 def report(tokenizer, paths):
@@ -254,14 +274,14 @@ def report(tokenizer, paths):
             if num_bytes >= REPORT_BYTES:
                 break
         ratios = (f"{count / max(num_tokens, 1):.2f}" for count in (num_bytes, num_chars))
-        name = pathlib.Path(path).name
-        files.append((name, f"{num_bytes:,}", f"{num_tokens:,}", *ratios, "exact" if not wrong else f"{wrong} texts differ"))
+        verdict = "exact" if not wrong else f"{wrong} texts differ"
+        files.append((pathlib.Path(path).name, f"{num_bytes:,}", f"{num_tokens:,}", *ratios, verdict))
     cuts = [("text", "tokens", "cut into")]
     for text in SAMPLES:
         ids = tokenizer.encode(text)
         cuts.append((text, str(len(ids)), " | ".join(tokenizer.show(i) for i in ids)))
     longest = sorted(range(tokenizer.vocab_size), key=lambda i: (-tokenizer.token_bytes[i], i))[:12]
-    yield f"{tokenizer.vocab_size} ids, {len(tokenizer.special)} of them special, fingerprint {tokenizer.fingerprint[:12]}"
+    yield f"{tokenizer.vocab_size} ids, {len(tokenizer.special)} of them special"
     yield "longest: " + " ".join(tokenizer.show(i) for i in longest)
     yield from ["", *table(files), "", *table(cuts)]
 
@@ -286,18 +306,21 @@ def width(text):
 
 def main(cfg):
     if cfg.tokenizer and not cfg.report:
-        raise UserError("--tokenizer names an existing vocabulary to measure: add --report, or leave it out to train one")
+        raise UserError("--tokenizer names a vocabulary to measure: add --report, or leave it out to train one")
     if cfg.tokenizer:
         parts, tokenizer = split_weights(cfg.data), Tokenizer.load(cfg.tokenizer)
     else:
-        out = pathlib.Path(cfg.out)
+        out = pathlib.Path(cfg.out or ROOT / "out" / "tokenizer")
         if (out / "tokenizer_config.json").exists() and not cfg.overwrite:
             raise UserError(f"{out} already holds a tokenizer; give another --out, or --overwrite")
         check_size(cfg.vocab_size, special_tokens(cfg.num_spare))
         parts = split_weights(cfg.data)
-        train = {"bpe": train_bpe, "sentencepiece": train_sentencepiece}[cfg.kind]
-        trained = train(weighted_texts(parts), cfg.vocab_size, cfg.num_spare, cfg.max_piece)
-        tokenizer = write(out, cfg.kind, trained)
+        sizes = (cfg.vocab_size, cfg.num_spare, cfg.max_piece)
+        if cfg.kind == "bpe":
+            trained = train_bpe(weighted_texts(parts), *sizes)
+        else:
+            trained = train_sentencepiece(weighted_texts(parts), *sizes, cfg.character_coverage)
+        tokenizer = write(out, cfg.kind, trained, cfg.num_spare)
         print(f"wrote {out}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")
         if tokenizer.vocab_size < cfg.vocab_size:
             print(f"(fewer than the {cfg.vocab_size} asked for: the data holds no more pairs that repeat)")

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])     # the project root, not dataset/builtin
 
 from dataset.builtin import stories
-from dataset.builtin.skills import SKILLS, draw
+from dataset.builtin.skills import SKILLS, draw, draw_all
 from model.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -32,17 +32,21 @@ def draw_any(rng, split="train"):
 
 
 def pretrain(rng, size):
-    """Documents: stories, facts, and drills: questions with their answers, line by line."""
-    for _ in range(size):
-        kind = rng.choices(("story", "life", "guide", "facts", "drill"), (20, 8, 4, 4, 64))[0]
-        if kind == "drill":
-            items = [draw_any(rng) for _ in range(8)]
-            text = "\n".join(f"{item.question}\n{item.reply if item.checker != 'tool_call' else item.answer}\n"
-                             for item in items).rstrip()
-        else:
-            text = {"story": stories.story, "life": stories.life, "guide": stories.guide,
-                    "facts": stories.list_of_facts}[kind](rng)
-        yield {"text": text}
+    """Documents: stories, facts, conversations, and above all drills: questions with their answers, line by line."""
+    kinds = {drill: 58, stories.story: 14, stories.life: 14, stories.guide: 6, stories.list_of_facts: 5, talk: 3}
+    for kind in rng.choices(list(kinds), kinds.values(), k=size):
+        yield {"text": kind(rng)}
+
+
+def drill(rng):
+    """Eight exercises of any skill, each with its answer on the next line, which is where a chat has it too."""
+    items = [draw_any(rng) for _ in range(8)]
+    return "\n\n".join(f"{item.question}\n{item.answer if item.checker == 'tool_call' else item.reply}" for item in items)
+
+
+def talk(rng):
+    """A conversation written down as plain text."""
+    return "\n".join(f"{message['role']}\n{message['content']}" for message in stories.conversation(rng))
 
 
 def sft(rng, size):
@@ -51,22 +55,16 @@ def sft(rng, size):
         if rng.random() < 0.12:
             messages = stories.conversation(rng)
         else:
-            messages = [message for _ in range(rng.choice((1, 2, 3))) for message in draw_any(rng).conversation()]
-        if messages:
-            yield {"conversations": messages}
+            messages = [message for _ in range(rng.randint(1, 3)) for message in draw_any(rng).conversation()]
+        yield {"conversations": messages}
 
 
 def exercises(rng, size, split):
-    """Items to be answered and checked: up to `size` of every skill, its levels in turn, no exercise twice."""
+    """Items to be answered and checked: up to `size` of every skill."""
     for name, skill in SKILLS.items():
-        seen, tries = set(), 0
-        while len(seen) < size and tries < 50 * size:           # small skills have fewer exercises than asked for
-            level, tries = 1 + len(seen) % skill.levels, tries + 1
-            item = draw(rng, name, split, level)
-            if item.exercise not in seen:
-                seen.add(item.exercise)
-                yield {"skill": name, "level": level, "conversations": [{"role": "user", "content": item.question}],
-                       "answer": item.answer, "checker": item.checker, "max_new_tokens": skill.max_new_tokens}
+        for item in draw_all(rng, name, split, size):
+            yield {"skill": name, "level": item.level, "conversations": [{"role": "user", "content": item.question}],
+                   "answer": item.answer, "checker": item.checker, "max_new_tokens": skill.max_new_tokens}
 
 
 KINDS = {                                                       # kind: (its rows, its usual size)
@@ -117,7 +115,7 @@ def ensure(kind, folder=FOLDER):
 def resolve(data, kind):
     """The --data of a script: "builtin" is the stage's own `kind`, "builtin:NAME" another kind, all else are paths."""
     parts = []
-    for part in str(data).split(","):
+    for part in map(str.strip, str(data).split(",")):
         name, _, other = part.partition(":")
         if name == "builtin" and (other or kind) not in KINDS:
             raise UserError(f"--data {part}: the built-in world has {', '.join(KINDS)}")

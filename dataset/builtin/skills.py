@@ -9,6 +9,7 @@ reinforcement learning are made: drawn at the level that a policy solves sometim
 To add a skill, write a function below and register it; every kind of file, the tests and eval/skills.py then know it.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,12 +73,26 @@ def draw(rng, skill_name, split="train", level=0):
     """A random `Item` of the skill whose key belongs to `split`, at `level` (0: a random one)."""
     chosen = SKILLS[skill_name]
     level = level or rng.randint(1, chosen.levels)
-    while True:
+    for _ in range(10_000):                           # a split holds at least a twentieth of the keys
         task = chosen.make(rng, level)
         if split_of(task.key) == split:
             wordings = task.wordings or [question.format(**task.values) for question in chosen.questions]
             return Item(skill_name, level, task.key, wordings[0], rng.choice(wordings), task.answer, chosen.checker,
                         task.reply or task.answer)
+    raise RuntimeError(f"no {split} exercise of {skill_name} at level {level}: it has too few different keys")
+
+
+def draw_all(rng, skill_name, split, size):
+    """Up to `size` items of a skill, its levels in turn, no exercise twice; fewer where there are no more."""
+    levels = SKILLS[skill_name].levels
+    by_level = [{} for _ in range(levels)]
+    for level, items in enumerate(by_level, start=1):
+        for _ in range(20 * size):
+            if len(items) < size // levels + (level <= size % levels):
+                item = draw(rng, skill_name, split, level)
+                items.setdefault(item.exercise, item)
+    in_turn = itertools.zip_longest(*(items.values() for items in by_level))
+    return [item for items in in_turn for item in items if item is not None]
 
 
 # --- words and letters: level 1 shows a word letter by letter ("m i l o"), so that a tokenizer with few merges gives the
@@ -101,34 +116,37 @@ def spaced(word):
     return " ".join(word)
 
 
-def word_to_show(rng, level, longest=7):
-    """(the word, how it is shown): spelled out at level 1, whole at level 2."""
-    if rng.random() < 0.15:
-        word = rng.choice([w for w in WORDS if len(w) <= longest])
+def word_to_show(rng, level):
+    """(the word, how it is shown): spelled out at level 1, whole at level 2.
+
+    Everyday words come spelled out only: whole they are one token, and a held-out one would have been spelled nowhere.
+    """
+    if level == 1 and rng.random() < 0.2:
+        word = rng.choice(WORDS)
     else:
-        word = made_up_word(rng, rng.randint(3, longest if level == 1 else 5))
+        word = made_up_word(rng, rng.randint(3, 7 if level == 1 else 5))
     return word, spaced(word) if level == 1 else word
 
 
-@skill("letters", ("Repeat: {shown}", "Please repeat {shown}"), levels=2, weight=0.7)
+@skill("letters", ("Repeat: {shown}", "Please repeat {shown}"), levels=2, weight=0.8)
 def copy(rng, level):
     word, shown = word_to_show(rng, level)
     return Task(f"word:{word}", {"shown": shown}, shown)
 
 
-@skill("letters", ("Spell: {word}", "How do you spell {word}?"), weight=1.0)
+@skill("letters", ("Spell: {word}", "How do you spell {word}?"), weight=1.2)
 def spell(rng, level):
-    word, _ = word_to_show(rng, 2, longest=6)
+    word = made_up_word(rng, rng.randint(3, 6))
     return Task(f"word:{word}", {"word": word}, spaced(word))
 
 
-@skill("letters", ("Reverse: {shown}", "Say {shown} backwards."), levels=2, weight=1.2)
+@skill("letters", ("Reverse: {shown}", "Say {shown} backwards."), levels=2, weight=1.5)
 def reverse(rng, level):
     word, shown = word_to_show(rng, level)
     return Task(f"word:{word}", {"shown": shown}, spaced(word[::-1]))
 
 
-@skill("letters", ("Upper case: {shown}", "Write {shown} in capital letters."), levels=2, weight=1.0)
+@skill("letters", ("Upper case: {shown}", "Write {shown} in capital letters."), levels=2, weight=1.2)
 def upper_case(rng, level):
     word, shown = word_to_show(rng, level)
     return Task(f"word:{word}", {"shown": shown}, spaced(word.upper()))
@@ -145,7 +163,7 @@ def count_letter(rng, level):
     return Task(f"word:{word}", {"letter": letter, "shown": shown}, str(word.count(letter)))
 
 
-@skill("letters", ("Sort the letters: {shown}", "Put {shown} in alphabetical order."), levels=3, weight=1.5)
+@skill("letters", ("Sort the letters: {shown}", "Put {shown} in alphabetical order."), levels=3, weight=1.3)
 def sort_letters(rng, level):
     length = (3, 5, 7)[level - 1]
     word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(length))
@@ -153,14 +171,14 @@ def sort_letters(rng, level):
     return Task(key, {"shown": spaced(word)}, spaced(sorted(word)))
 
 
-@skill("letters", ("{which} letter of: {shown}", "What is the {which} letter of {shown}?"), levels=2, weight=1.0)
+@skill("letters", ("The {which} letter of: {shown}", "What is the {which} letter of {shown}?"), levels=2, weight=0.6)
 def first_last(rng, level):
     word, shown = word_to_show(rng, level)
     which = rng.choice(("first", "last"))
     return Task(f"word:{word}", {"which": which, "shown": shown}, word[0] if which == "first" else word[-1])
 
 
-@skill("phrase", ("Which word is longest: {words}?", "Find the longest word: {words}"), levels=2, weight=1.0)
+@skill("phrase", ("Which word is longest: {words}?", "Find the longest word: {words}"), levels=2, weight=0.7)
 def longest_word(rng, level):
     """Two or three everyday words; the longest beats the others by at least two letters."""
     while True:
@@ -170,7 +188,7 @@ def longest_word(rng, level):
             return Task("longest:" + ",".join(sorted(words)), {"words": ", ".join(words)}, max(words, key=len))
 
 
-@skill("phrase", ("Which one does not belong: {words}?", "Odd one out: {words}"), weight=1.0)
+@skill("phrase", ("Which one does not belong: {words}?", "Odd one out: {words}"), weight=1.2)
 def odd_one_out(rng, level):
     common, other = rng.sample(list(CATEGORIES), 2)
     stranger = rng.choice(CATEGORIES[other])
@@ -195,10 +213,15 @@ SUM_QUESTIONS = ("{a}+{b}", "What is {a}+{b}?", "What is {a} + {b}?")
 DIFFERENCE_QUESTIONS = ("{a}-{b}", "What is {a}-{b}?", "What is {a} - {b}?")
 
 
-@skill("number", SUM_QUESTIONS, weight=0.7, max_new_tokens=8)
+@skill("number", SUM_QUESTIONS, levels=2, weight=1.5, max_new_tokens=8)
 def add_one_digit(rng, level):
+    """Level 1: two digits. Level 2: three digits, in any order one exercise."""
     a, b = two_numbers(rng, 1)
-    return Task(addition(a, b), {"a": a, "b": b}, str(a + b))
+    if level == 1:
+        return Task(addition(a, b), {"a": a, "b": b}, str(a + b))
+    c = rng.randint(0, 9)
+    key = "add:" + ",".join(map(str, sorted((a, b, c))))
+    return Task(key, {}, str(a + b + c), wordings=(f"{a}+{b}+{c}", f"What is {a}+{b}+{c}?"))
 
 
 @skill("number", SUM_QUESTIONS, levels=3, weight=2.5, max_new_tokens=8)
@@ -214,9 +237,13 @@ def add_two_digits(rng, level):
     return Task(addition(a, b), {"a": a, "b": b}, str(a + b))
 
 
-@skill("number", DIFFERENCE_QUESTIONS, weight=0.7, max_new_tokens=8)
+@skill("number", DIFFERENCE_QUESTIONS, levels=2, weight=1.0, max_new_tokens=8)
 def subtract_one_digit(rng, level):
+    """Level 1: a digit from a digit. Level 2: a digit from a number between 10 and 18, leaving a digit."""
     b, a = sorted(two_numbers(rng, 1))
+    if level == 2:
+        b = rng.randint(1, 9)
+        a = rng.randint(10, b + 9)
     return Task(f"sub:{a},{b}", {"a": a, "b": b}, str(a - b))
 
 
@@ -231,7 +258,7 @@ def subtract_two_digits(rng, level):
             return Task(f"sub:{a},{b}", {"a": a, "b": b}, str(a - b))
 
 
-@skill("number", ("Which is {more}, {a} or {b}?", "{more} number: {a} or {b}"), levels=3, weight=0.8, max_new_tokens=8)
+@skill("number", ("Which is {more}, {a} or {b}?", "The {more} number: {a} or {b}"), levels=3, weight=0.6, max_new_tokens=8)
 def compare(rng, level):
     """Numbers of one, two and three digits."""
     while True:
@@ -242,7 +269,7 @@ def compare(rng, level):
                         str(max(a, b) if more == "larger" else min(a, b)))
 
 
-@skill("numbers", ("Sort the numbers: {shown}", "Put in order: {shown}"), levels=3, weight=1.5, max_new_tokens=24)
+@skill("numbers", ("Sort the numbers: {shown}", "Put in order: {shown}"), levels=3, weight=1.2, max_new_tokens=24)
 def sort_numbers(rng, level):
     """Four digits, three or four numbers below 100."""
     values = [rng.randint(0, 9) for _ in range(4)] if level == 1 else [rng.randint(10, 99) for _ in range(level + 1)]
@@ -250,7 +277,7 @@ def sort_numbers(rng, level):
     return Task(f"numbers:{ordered}", {"shown": " ".join(map(str, values))}, ordered)
 
 
-@skill("number", ("What comes next: {shown}", "Continue: {shown}"), levels=2, weight=1.0, max_new_tokens=8)
+@skill("number", ("What comes next: {shown}", "Continue: {shown}"), levels=2, weight=1.3, max_new_tokens=8)
 def next_number(rng, level):
     """Four numbers at equal steps, up (level 1) or up or down (level 2)."""
     step, start = rng.randint(1, 5), rng.randint(0, 30)
@@ -269,7 +296,7 @@ LOSSES = ("{who} has {a} {things}. {who} gives {b} to {other}. How many {things}
 COUNTABLE = ("apples", "plums", "nuts", "books", "balls", "shells", "keys", "cups", "stones", "eggs")
 
 
-@skill("number", levels=3, weight=2.5, max_new_tokens=8)
+@skill("number", levels=3, weight=2.0, max_new_tokens=8)
 def word_problem(rng, level):
     """Level 1: gains of single digits. Level 2: losses of single digits. Level 3: one number has two digits."""
     gain = level == 1 or (level == 3 and rng.random() < 0.5)
@@ -284,7 +311,7 @@ def word_problem(rng, level):
 OPERATIONS = {"+": "plus", "-": "minus", "*": "times"}
 
 
-@skill("tool_call", ("Use the calculator: {shown}", "Calculate {shown} with the calculator."), levels=2, weight=1.0,
+@skill("tool_call", ("Use the calculator: {shown}", "Calculate {shown} with the calculator."), levels=2, weight=0.7,
        max_new_tokens=48)
 def calculator(rng, level):
     """A sum too large for the head, in signs (level 1) or in words (level 2): the right call of the tool is the answer."""
@@ -319,7 +346,7 @@ READINGS = ("{x} has a {cx} {thing}. {y} has a {cy} {thing}. Which colour is the
             "The {thing} of {x} is {cx}. The {thing} of {y} is {cy}. Who has the {cw} {thing}?")
 
 
-@skill("phrase", levels=2, weight=1.0)
+@skill("phrase", levels=2, weight=1.2)
 def read(rng, level):
     """The answer stands in the question. Level 1 asks for the colour of a thing, level 2 for its owner."""
     (x, y), (cx, cy), thing = rng.sample(PEOPLE, 2), rng.sample(COLOURS, 2), rng.choice(THINGS)

@@ -105,7 +105,7 @@ def list_of_facts(rng):
 def tell_all(rng, known):
     known = list(known)
     rng.shuffle(known)
-    return " ".join(rng.choice(fact.relation.told).format(s=fact.subject, v=fact.value) for fact in known)
+    return " ".join(fact.told(rng.choice((0, 0, *range(1, len(fact.relation.told))))) for fact in known)
 
 
 # --- conversation: who Acorn is, and small talk
@@ -132,9 +132,9 @@ STRANGERS = ("Zork", "Bella", "Viktor", "Quentin", "Hilda", "Yann", "Greta", "Wi
 
 
 def conversation(rng):
-    """One to three turns of talk, a list of messages."""
+    """One or a few turns of talk, a list of messages."""
     messages = []
-    for _ in range(rng.randint(1, 3)):
+    while not messages or rng.random() < 0.5:
         kind = rng.random()
         if kind < 0.6:
             asked, answered = rng.choice(SMALL_TALK)
@@ -146,12 +146,10 @@ def conversation(rng):
             question = rng.choice((f"Who is {person}?", f"Where does {person} live?", f"What does {person} like to eat?"))
             answer = f"I do not know {person}."
         else:
-            subject = rng.choice(PEOPLE + TOWNS)
+            subject = rng.choice([fact for fact in FACTS if split_of(fact.key) == "train"]).subject
             known = [fact for fact in FACTS if fact.subject == subject and split_of(fact.key) == "train"]
             question = f"Tell me about {subject}."
             answer = " ".join(fact.statement for fact in rng.sample(known, min(2, len(known))))
-            if not known:
-                continue
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
 

@@ -14,23 +14,24 @@ import random
 from dataclasses import dataclass
 
 SHARES = {"test": 15, "val": 5}                       # per cent of the keys; the rest is train
+SALT = "2771 "                                        # chosen so that small families of exercises get their share too
 
 
 def split_of(key):
     """'train', 'val' or 'test' for an item's canonical key."""
-    bucket = int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:4], "big") % 100
+    bucket = int.from_bytes(hashlib.sha256((SALT + key).encode("utf-8")).digest()[:4], "big") % 100
     if bucket < SHARES["test"]:
         return "test"
     return "val" if bucket < SHARES["test"] + SHARES["val"] else "train"
 
 
-GIRLS = ("Mia", "Ana", "Zoe", "Lily", "Nora", "Ivy", "Ruby", "Emma", "Rosa", "Clara", "Alma", "Vera", "June", "Iris",
-         "Nina", "Kira", "Maya", "Tess")
-BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Finn", "Jack", "Otto", "Hugo", "Noah", "Oscar", "Felix", "Peter", "Omar",
-        "Paul", "Luke", "Adam", "Karl")
+GIRLS = ("Mia", "Ana", "Zoe", "Lily", "Nora", "Ivy", "Ruby", "Emma", "Rosa", "Clara", "Vera", "June", "Iris", "Kira",
+         "Tess")
+BOYS = ("Tom", "Ben", "Max", "Sam", "Leo", "Finn", "Jack", "Otto", "Hugo", "Noah", "Oscar", "Felix", "Omar", "Paul",
+        "Luke")
 PEOPLE = GIRLS + BOYS
 TOWNS = ("Mossford", "Elmton", "Brookdale", "Pinehill", "Stonebay", "Windmere", "Goldfield", "Reedport", "Maplewick",
-         "Foxley", "Snowpeak", "Sandcove")
+         "Snowpeak")
 FOODS = ("apples", "soup", "bread", "honey", "plums", "cheese", "rice", "cake", "nuts", "pears", "eggs", "corn")
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "purple")
 JOBS = ("baker", "farmer", "teacher", "sailor", "doctor", "painter", "gardener", "singer", "miller", "driver")
@@ -42,9 +43,7 @@ ANIMALS = {
     "fox": ("forest", "berries", "red"), "owl": ("old tower", "mice", "brown"), "bear": ("cave", "honey", "black"),
     "frog": ("pond", "flies", "green"), "deer": ("forest", "leaves", "brown"), "hen": ("barn", "corn", "white"),
     "horse": ("stable", "hay", "black"), "mouse": ("barn", "cheese", "grey"), "sheep": ("meadow", "grass", "white"),
-    "cow": ("meadow", "grass", "brown"), "swan": ("lake", "water plants", "white"), "crab": ("beach", "shells", "red"),
-    "wolf": ("mountains", "meat", "grey"), "bee": ("garden", "nectar", "yellow"), "snail": ("garden", "leaves", "grey"),
-    "otter": ("river", "fish", "brown"),
+    "cow": ("meadow", "grass", "brown"), "swan": ("lake", "fish", "white"), "wolf": ("mountains", "meat", "grey"),
 }
 # town: (what stands there, what it is known for, what it lies by)
 TOWN_FACTS = {
@@ -52,8 +51,7 @@ TOWN_FACTS = {
     "Brookdale": ("bridge", "fish", "river"), "Pinehill": ("tower", "wood", "forest"),
     "Stonebay": ("lighthouse", "boats", "sea"), "Windmere": ("windmill", "kites", "lake"),
     "Goldfield": ("market", "corn", "meadow"), "Reedport": ("harbour", "ships", "sea"),
-    "Maplewick": ("garden", "honey", "lake"), "Foxley": ("museum", "paintings", "forest"),
-    "Snowpeak": ("castle", "ice", "mountains"), "Sandcove": ("beach", "shells", "sea"),
+    "Maplewick": ("garden", "honey", "lake"), "Snowpeak": ("castle", "ice", "mountains"),
 }
 
 
@@ -61,7 +59,7 @@ TOWN_FACTS = {
 class Relation:
     """The wordings of one kind of fact; {s} is the subject, {v} the value. Every telling ends with the value."""
     name: str
-    told: tuple                                       # statements; the first is also the answer to the question
+    told: tuple                                       # statements; the first is the usual one, and answers the question
     asked: tuple
     yes_no: str
 
@@ -82,6 +80,7 @@ class Fact:
         return self.told(0)
 
     def told(self, wording):
+        """The fact in the wording of that number, 0 to len(relation.told) - 1."""
         return self.relation.told[wording].format(s=self.subject, v=self.value)
 
 

@@ -1,0 +1,45 @@
+"""What all tests share: one thread, an empty cache, and small data to train on."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from dataset import jsonl
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path_factory, monkeypatch):
+    """Tests neither read nor fill the user's cache of tokens and indexes."""
+    monkeypatch.setattr(jsonl, "CACHE", tmp_path_factory.mktemp("cache"))
+
+
+WORDS = "the a red blue old young cat dog tree river man bird sees likes finds eats and then under over".split()
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """A jsonl of 60 short documents of 5 to 60 words."""
+    rng = random.Random(0)
+    path = tmp_path / "documents.jsonl"
+    lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))}) for _ in range(60)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A jsonl of 60 one- or two-turn conversations of ragged lengths."""
+    rng = random.Random(1)
+
+    def turn(role, most):
+        return {"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(1, most)))}
+
+    path = tmp_path / "chats.jsonl"
+    lines = [json.dumps({"conversations": [turn(role, 12) for _ in range(rng.randint(1, 2))
+                                           for role in ("user", "assistant")]}) for _ in range(60)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
