@@ -87,7 +87,7 @@ def main(cfg):
     model, tokenizer = load_model(cfg.model, device)
     path = resolve(cfg.data, "pretrain")
     first = next(iter(jsonl.find_files(path)))
-    chats = not jsonl.is_text(first) and "messages" in next(iter(jsonl.JsonlFile(first).each()))
+    chats = not jsonl.is_text(first) and "messages" in jsonl.JsonlFile(first).record(0)[0]
     dataset = SFTDataset if chats else PretrainDataset
     split = "val" if cfg.data.startswith("builtin") else cfg.split
     data = dataset(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, split=split)

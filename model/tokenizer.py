@@ -520,58 +520,59 @@ def _map_text(value, change):
     return value
 
 
-_TAGS = re.compile(r"</?(?:think|answer|tool_call)>")
-_TURN = re.compile(
-    r"\s*(?:<think>(?P<think>.*?)</think>\n*)?"
-    r"(?P<content>.*?)"
-    r"(?:\s*<answer>(?P<answer>.*?)</answer>)?"
-    r"(?P<calls>(?:\s*<tool_call>.*?</tool_call>)*)",
-    re.DOTALL,
-)
+_TAG = re.compile(r"(</?(?:think|answer|tool_call)>)")
 
 
 def lift_structure(message):
     """Tags inside an assistant's content → fields: (message, problem).
 
     `<think>…</think>`, then text, then `<answer>…</answer>`, then any `<tool_call>{json}</tool_call>`, each optional
-    but in this order, become reasoning_content, content, answer and tool_calls. Line breaks around the parts are
+    but in this order, become reasoning_content, content, answer and tool_calls. White space between the parts is
     dropped; the template writes its own. Messages of others and content without tags come back as they are.
     A malformed one comes back unchanged with the problem in words; its tags are then ordinary text.
 
-    >>> lift_structure({"role": "assistant", "content": "<think>a</think>\\n<answer>b</answer>"})[0]
+    >>> lift_structure({"role": "assistant", "content": "<think>a</think> <answer>b</answer>"})[0]
     {'role': 'assistant', 'content': '', 'reasoning_content': 'a', 'answer': 'b'}
     """
     content = message.get("content")
-    if message.get("role") != "assistant" or not isinstance(content, str) or not _TAGS.search(content):
+    if message.get("role") != "assistant" or not isinstance(content, str) or not _TAG.search(content):
         return message, None
-    found = _TURN.fullmatch(content.rstrip())
-    parts = found.groupdict()
-    calls = re.findall(r"<tool_call>(.*?)</tool_call>", parts["calls"], re.DOTALL)
-    inner = [text for text in (parts["think"], parts["content"], parts["answer"]) if text]
-    stray = [tag for text in inner for tag in _TAGS.findall(text)]
-    if stray:
-        order = "<think>…</think> text <answer>…</answer> <tool_call>…</tool_call>"
-        return message, f"{stray[0]} is unpaired or out of place (the order is {order})"
-    lifted = {"reasoning_content": parts["think"], "answer": parts["answer"]}
-    lifted = {key: text.strip("\n") for key, text in lifted.items() if text is not None}
-    if calls:
-        lifted["tool_calls"] = []
-    for text in calls:
+    parts, inside = [], None  # [(think | text | answer | tool_call, string)]
+    for i, piece in enumerate(_TAG.split(content)):  # text, tag, text, tag, …, text
+        if i % 2 == 0:
+            parts += [(inside or "text", piece)] if inside or piece.strip() else []
+        elif piece == f"</{inside}>":
+            inside = None
+        elif inside is None and not piece.startswith("</"):
+            inside = piece[1:-1]
+        else:
+            return message, f"{piece} is out of place"
+    if inside:
+        return message, f"<{inside}> is never closed"
+    if not re.fullmatch("(think )?(text )?(answer )?(tool_call )*", "".join(f"{name} " for name, _ in parts)):
+        return message, f"{', '.join(name for name, _ in parts)}: the order is think, text, answer, tool_call"
+
+    calls = [text for name, text in parts if name == "tool_call"]
+    text = dict(parts)
+    lifted = {"reasoning_content": text.get("think"), "answer": text.get("answer"), "tool_calls": calls or None}
+    lifted = {key: value for key, value in lifted.items() if value is not None}
+    twice = [key for key in lifted if message.get(key)]
+    if twice:
+        return message, f"{', '.join(twice)} given both as a field and as a tag in the content"
+    for key in ("reasoning_content", "answer"):
+        if key in lifted:
+            lifted[key] = lifted[key].strip("\n")
+    for i, call in enumerate(calls):
         try:
-            call = json.loads(text)
+            call = json.loads(call)
         except json.JSONDecodeError as error:
             return message, f"<tool_call> does not hold JSON: {error}"
         match call:
             case {"name": str(name), "arguments": dict(arguments)}:
-                lifted["tool_calls"].append({"name": name, "arguments": arguments})
+                calls[i] = {"name": name, "arguments": arguments}
             case _:
                 return message, '<tool_call> does not hold {"name": text, "arguments": {…}}'
-    twice = sorted(key for key in lifted if message.get(key))
-    if twice:
-        return message, f"{', '.join(twice)} given both as a field and as a tag in the content"
-    text = parts["content"]
-    text = text.rstrip("\n") if parts["answer"] is not None or calls else text
-    return message | {"content": text} | lifted, None
+    return message | {"content": text.get("text", "").strip()} | lifted, None
 
 
 # --- templates

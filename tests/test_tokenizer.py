@@ -84,7 +84,8 @@ def test_layout_of_the_shipped_vocabularies():
 
 
 def test_decode_drops_delimiters_but_shows_the_tags_of_a_turn():
-    ids = [NANO.bos_id, NANO.special_id("<think>"), *NANO.encode("hm"), NANO.special_id("</think>"), NANO.end_of_turn_id]
+    opening, closing = NANO.special_id("<think>"), NANO.special_id("</think>")
+    ids = [NANO.bos_id, opening, *NANO.encode("hm"), closing, NANO.end_of_turn_id]
     assert NANO.decode(ids) == "<think>hm</think>"
     assert NANO.decode(ids, skip_special=False) == "<|endoftext|><think>hm</think><|im_end|>"
     assert NANO.decode(np.array(ids)) == "<think>hm</think>"
@@ -145,7 +146,8 @@ def test_special_strings_in_messages_change_neither_roles_nor_mask():
         expected = f"{reply}{separator}<tool_call>{call}</tool_call><|im_end|>{user}<|im_end|>"
         assert masked_text(BASE, ids, mask) == expected
         everything = BASE.decode(ids, skip_special=False)
-        assert everything.startswith(f"<|im_start|>system\n{system}\n\nTools:\n" + json.dumps({"name": tool}, ensure_ascii=False))
+        listing = json.dumps({"name": tool}, ensure_ascii=False)
+        assert everything.startswith(f"<|im_start|>system\n{system}\n\nTools:\n{listing}\n")
         assert f"<|im_start|>tool\n<tool_response>{tool}</tool_response><|im_end|>\n" in everything
 
 
@@ -255,8 +257,11 @@ def test_tool_calls_in_every_spelling_render_alike():
         ("<think>\n\n</think>\n\nhi", {"reasoning_content": "", "content": "hi"}),
         (" so <answer>1</answer>", {"content": "so", "answer": "1"}),
         ('x\n<tool_call>{"name": "f", "arguments": {}}</tool_call>', {"content": "x", "tool_calls": 1}),
-        ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>{"name": "g", "arguments": {"a": 1}}</tool_call>\n',
-         {"content": "", "tool_calls": 2}),
+        (
+            '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
+            '<tool_call>{"name": "g", "arguments": {"a": 1}}</tool_call>\n',
+            {"content": "", "tool_calls": 2},
+        ),
     ],
 )
 def test_lift(content, fields):
@@ -283,6 +288,7 @@ def test_lift(content, fields):
         '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>',
         "<answer><think>a</think></answer>",
         '<tool_call>{"name": "f", "arguments": {}}</tool_call> text',
+        '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 40 + "text",  # and quickly so
     ],
 )
 def test_lift_leaves_the_malformed_as_text(content):
@@ -355,8 +361,8 @@ def test_templates_can_be_changed_and_their_errors_are_told(tmp_path):
         path.write_text(template, encoding="utf-8")
         return NANO.with_chat_template(path)
 
-    template = "{% for m in messages %}{% if not loop.first %}{% break %}{% endif %}{{ m.content + eos_token }}{% endfor %}"
-    assert NANO.decode(use(template).render(CHAT[:2])[0], skip_special=False) == "You are kind.<|im_end|>"
+    template = "{% for m in messages %}{% if not loop.first %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
+    assert NANO.decode(use(template).render(CHAT[:2])[0], skip_special=False) == "You are kind."
     assert use(template).fingerprint == NANO.fingerprint
     assert use(template).with_chat_template("chatml").render(CHAT) == NANO.render(CHAT)
     with pytest.raises(UserError, match="no system"):

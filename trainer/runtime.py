@@ -119,7 +119,7 @@ class Run:
     def datasets(self, kind, path, tokenizer):
         """(train, held-out) datasets of class `kind`: --val_data, or a part that is kept out of training."""
         cfg = self.cfg
-        common = dict(val_fraction=cfg.val_fraction, seed=cfg.seed, on_bad_record=cfg.on_bad_record)
+        common = dict(val_fraction=cfg.val_fraction, on_bad_record=cfg.on_bad_record)
         if cfg.val_data:
             return (kind(path, tokenizer, cfg.max_len, "all", **common),
                     kind(cfg.val_data, tokenizer, cfg.max_len, "all", **common))

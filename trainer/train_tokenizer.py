@@ -71,9 +71,10 @@ class Config:
 # --- training
 
 
-def special_tokens(num_spare):
-    """Names of the special tokens in the order of their ids."""
-    return [*SPECIAL_TOKENS, *(f"<|spare_{i}|>" for i in range(num_spare))]
+def special_tokens(num_spare, kind="bpe"):
+    """Names of the special tokens in the order of their ids. SentencePiece's format requires one for the unknown."""
+    unknown = ["<unk>"] if kind == "sentencepiece" else []
+    return [*SPECIAL_TOKENS, *(f"<|spare_{i}|>" for i in range(num_spare)), *unknown]
 
 
 def train_bpe(texts, vocab_size, num_spare=20, max_piece=16):
@@ -100,29 +101,31 @@ def train_bpe(texts, vocab_size, num_spare=20, max_piece=16):
     spec = json.loads(tokenizer.to_str())
     for token in spec["added_tokens"]:
         token["special"] = SPECIAL_TOKENS.get(token["content"], True)
-    keep_letters(spec["model"])
+    keep_letters(spec["model"], vocab_size)
     return json.dumps(spec, ensure_ascii=False, indent=0) + "\n"
 
 
-def keep_letters(model):
+def keep_letters(model, vocab_size):
     """Make every letter with a space before it one token, in place: a word spelled "r u b y" is one token a letter.
 
     The letters that lack it take the place of the last tokens found, and the lowest rank: nothing else is cut anew.
     """
     vocab, merges = model["vocab"], model["merges"]
+    free = vocab_size - len(vocab)  # little data: fewer merges than asked for
     by_id = sorted(vocab, key=vocab.get)
     for room in range(len(merges) + 1):
         dropped = set(by_id[len(by_id) - room :])
         kept = [pair for pair in merges if dropped.isdisjoint({*pair, "".join(pair)})]
         found = {"".join(pair) for pair in kept}
         missing = [["Ġ", letter] for letter in string.ascii_letters if "Ġ" + letter not in found]  # Ġ is a space
-        if len(missing) <= room:
+        if len(missing) <= free + room:
             break
     for token in dropped:
         del vocab[token]
-    for pair in missing[:room]:
+    added = missing[: free + room]
+    for pair in added:
         vocab["".join(pair)] = len(vocab)
-    model["merges"] = kept + missing[:room]
+    model["merges"] = kept + added
 
 
 def train_sentencepiece(texts, vocab_size, num_spare=20, max_piece=16, character_coverage=0.9995):
@@ -130,8 +133,9 @@ def train_sentencepiece(texts, vocab_size, num_spare=20, max_piece=16, character
 
     Text is kept as it is: no normalization, no space put before it, spaces and line breaks not collapsed.
     """
-    pad, end, *control = special = special_tokens(num_spare)
-    check_size(vocab_size, [*special, "<unk>"])
+    special = special_tokens(num_spare, "sentencepiece")
+    pad, end, *control, unknown = special
+    check_size(vocab_size, special)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -152,8 +156,10 @@ def train_sentencepiece(texts, vocab_size, num_spare=20, max_piece=16, character
             eos_id=1,
             eos_piece=end,
             bos_id=-1,
-            unk_id=len(special),  # required by the format; bytes stand in for what is unknown
+            unk_id=special.index(unknown),  # never used: bytes stand in for what is unknown
+            unk_piece=unknown,
             control_symbols=control,
+            hard_vocab_limit=False,  # little data: fewer pieces than asked for
             num_threads=1,
             minloglevel=2,
         )
@@ -188,7 +194,7 @@ def tokenizer_config(kind, num_spare):
         of_kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-        tokens = [(text, SPECIAL_TOKENS.get(text, True)) for text in [*special_tokens(num_spare), "<unk>"]]
+        tokens = [(text, SPECIAL_TOKENS.get(text, True)) for text in special_tokens(num_spare, kind)]
         added = {str(i): {"content": text, "special": special, **flags} for i, (text, special) in enumerate(tokens)}
         of_kind = {
             "tokenizer_class": "LlamaTokenizer",
@@ -313,7 +319,7 @@ def main(cfg):
         out = pathlib.Path(cfg.out or ROOT / "out" / "tokenizer")
         if (out / "tokenizer_config.json").exists() and not cfg.overwrite:
             raise UserError(f"{out} already holds a tokenizer; give another --out, or --overwrite")
-        check_size(cfg.vocab_size, special_tokens(cfg.num_spare))
+        check_size(cfg.vocab_size, special_tokens(cfg.num_spare, cfg.kind))
         parts = split_weights(cfg.data)
         sizes = (cfg.vocab_size, cfg.num_spare, cfg.max_piece)
         if cfg.kind == "bpe":
