@@ -25,6 +25,7 @@ class Config:
     model: str = arg("out/pretrain", "checkpoint folder")
     data: str = arg("builtin", "jsonl, txt, a folder, several by commas, or builtin (its held-out text)")
     split: str = arg("all", "all of --data, or only the part that training holds out", choices=("all", "val"))
+    val_fraction: float = arg(0.1, "with --split val: the --val_fraction of the training")
     max_len: int = arg(0, "tokens seen at once; 0 = what the model was trained with")
     max_rows: int = arg(0, "evaluate only so many rows; 0 = all")
     device: str = arg("auto", "auto, cpu, cuda or mps")
@@ -90,7 +91,8 @@ def main(cfg):
     chats = not jsonl.is_text(first) and "messages" in jsonl.JsonlFile(first).record(0)[0]
     dataset = SFTDataset if chats else PretrainDataset
     split = "val" if cfg.data.startswith("builtin") else cfg.split
-    data = dataset(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, split=split)
+    data = dataset(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, split=split,
+                   val_fraction=cfg.val_fraction)
     with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
         scores = evaluate_loss(model, data, tokenizer, device, max_rows=cfg.max_rows)
     low, high = scores["bits_per_byte_interval"]

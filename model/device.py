@@ -96,7 +96,7 @@ def memory_in_use(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        import resource                                  # not on Windows
+        import resource  # not on Windows
     except ImportError:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -114,11 +114,10 @@ def write_report(folder, tokenizer, pretrain, sft, conversation):
     def mean(stage):
         return percent(skills[stage]["mean"], skills[stage]["mean_interval"])
 
+    stages = {name: (f"{summary['minutes']:.1f}", bpb(summary["held_out"])) for name, summary in summaries.items()}
     rows = [("untrained", "", bpb(before, "val_"), mean("untrained")),
-            ("pretrain", f"{summaries['pretrain']['minutes']:.1f}", bpb(summaries["pretrain"]["held_out"]),
-             mean("pretrain")),
-            ("full_sft", f"{summaries['full_sft']['minutes']:.1f}", f"{bpb(summaries['full_sft']['held_out'])} (answers)",
-             mean("full_sft"))]
+            ("pretrain", *stages["pretrain"], mean("pretrain")),
+            ("full_sft (bits per byte of answers)", *stages["full_sft"], mean("full_sft"))]
     lines = ["# From nothing to a model that answers", "",
              "Held-out figures with 95 % intervals: text and exercises that no training record contains.", "",
              "| stage | minutes | bits per byte | skills, exact match |", "|---|--:|---|---|",

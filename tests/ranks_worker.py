@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/ranks_worker.py train_pretrain FOLDER '{"data": ..., "out": ...}' [STEPS]
 
-With STEPS the process dies, as if killed, once it has computed so many gradients. FOLDER gets <world size>-<rank>.pt with {"gradients": one flat tensor per step, "weights": flat tensor}.
+With STEPS the process dies, as if killed, once it has computed so many gradients. FOLDER gets <world size>-<rank>.pt
+with {"gradients": one flat tensor per step, "weights": flat tensor}.
 """
 
 import importlib

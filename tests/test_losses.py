@@ -78,7 +78,8 @@ def test_row_without_targets_adds_nothing(model):
 
 
 def test_masked_reduce_worked_example():
-    x, m = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0], [1.0, 1.0, 1.0]]), torch.tensor([[0, 1, 1], [0, 0, 1], [0] * 3])
+    x = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0], [1.0, 1.0, 1.0]])
+    m = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]])
     assert masked_reduce(x, m, "token") == (2 + 4 + 32) / 3
     assert masked_reduce(x, m, "sequence") == pytest.approx((3 + 32 + 0) / 3)
     assert masked_reduce(x, m, "constant", length=10) == pytest.approx(38 / 30)

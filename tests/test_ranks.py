@@ -33,7 +33,7 @@ def launch(script, folder, flags, ranks, die_at=None):
 @pytest.mark.parametrize("script, dtype", [("train_pretrain", "float64"), ("train_full_sft", "float64"),
                                            ("train_pretrain", "float32")])
 def test_two_ranks_equal_one(script, dtype, documents, chats, tmp_path):
-    """batch_size 7 leaves the second rank a row short; micro-batches of 2 leave a last one of 1 row; masks are ragged."""
+    """7 rows leave the second rank one short, micro-batches of 2 leave a last one of 1 row, and masks are ragged."""
     flags = {**FLAGS, "dtype": dtype}
     if script == "train_pretrain":
         flags.update(data=str(documents), size="1x32", tokenizer="nano")

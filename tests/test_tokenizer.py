@@ -365,6 +365,8 @@ def test_templates_can_be_changed_and_their_errors_are_told(tmp_path):
     assert NANO.decode(use(template).render(CHAT[:2])[0], skip_special=False) == "You are kind."
     assert use(template).fingerprint == NANO.fingerprint
     assert use(template).with_chat_template("chatml").render(CHAT) == NANO.render(CHAT)
+    blocks = "{% if true %}\n  {% if true %}\nhi\n  {% endif %}\n{% endif %}\n"
+    assert NANO.decode(use(blocks).render(CHAT[:2])[0]) == "hi\n"  # lines of blocks leave no white space
     with pytest.raises(UserError, match="no system"):
         use("{{ raise_exception('no system') }}").render(CHAT)
     with pytest.raises(UserError, match="line 1"):
@@ -379,6 +381,7 @@ def test_templates_can_be_changed_and_their_errors_are_told(tmp_path):
 # --- other people's vocabularies, made here in their form
 
 CORPUS = ["the quick brown fox jumps over the lazy dog and says hello to the user", "hi there, how are you? "] * 20
+CORPUS += ["<think>\n", "<think>\n"] * 20
 
 LLAMA3 = """{{- bos_token }}{%- for m in messages %}
 {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}
@@ -403,14 +406,15 @@ def make(folder, tokenizer, config):
     return folder
 
 
-def byte_level(folder, special, not_special, config):
-    """A vocabulary in the form of Llama 3 and Qwen: `special` added tokens first, `not_special` after the merges."""
+def byte_level(folder, special, not_special, config, in_vocab=(), words=True):
+    """A vocabulary in the form of Llama 3 and Qwen. Added tokens: `in_vocab` also in the model's vocabulary, `special`,
+    and `not_special`, marked so. words=False: merges may join anything."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    options = {"special_tokens": list(in_vocab), "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, **options))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in not_special])
     if "<|begin_of_text|>" in special:  # stock Llama 3 adds it to every text by itself
@@ -505,11 +509,20 @@ def test_qwen_form_with_tags_that_are_not_special(tmp_path):
 
 def test_think_that_is_no_token_is_still_a_boundary(tmp_path):
     config = {"eos_token": "<|im_end|>"}
-    folder = byte_level(tmp_path, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [], config)
+    folder = byte_level(tmp_path, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [], config, words=False)
     tokenizer = Tokenizer.load(folder).with_chat_template("chatml")
+    assert len(tokenizer.encode("<think>\n")) == 1  # cut in one go, the prompt's end would not be found again
     prompt, _ = tokenizer.render(PLAIN[:1], add_generation_prompt=True, enable_thinking=True)
     ids, _ = tokenizer.render([PLAIN[0], {"role": "assistant", "content": "a", "reasoning_content": ">>>\n b"}])
     assert ids[: len(prompt)] == prompt
+
+
+def test_special_token_that_is_a_word_stays_a_word(tmp_path):
+    folder = byte_level(tmp_path, ["<|end|>"], ["fox"], {"eos_token": "<|end|>"}, in_vocab=["hush"])
+    tokenizer = Tokenizer.load(folder)  # `ignore_merges` takes "hush" whole, and merges make "fox"
+    ids = tokenizer.encode("hush fox")
+    assert not {tokenizer.special_id("hush"), tokenizer.special_id("fox")} & set(ids)
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode("hush") + tokenizer.encode(" fox")) == "hush fox"
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -1,12 +1,14 @@
 """Training a tokenizer: the command, its files, its errors; both kinds."""
 
 import gzip
+import io
 import json
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import sentencepiece
 
 from model.errors import UserError
 from model.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -44,6 +46,7 @@ def test_bpe_learns_from_all_text_of_every_file(data):
         assert len(tokenizer.encode(" " + letter)) == 1
     for text in (STORY, POEM, "unseen ϕ 😀 \r\n"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([tokenizer.special_id(name) for name in names]) == "".join(names[4:12])
     assert Tokenizer.load(data / "out").fingerprint == tokenizer.fingerprint
     assert max(tokenizer.token_bytes) <= 16
 
@@ -91,7 +94,7 @@ def test_a_folder_is_not_overwritten_silently(data):
     assert main(config).vocab_size == 350 and Tokenizer.load(data / "out").vocab_size == 350
     config.kind, config.vocab_size = "sentencepiece", 500
     main(config)
-    assert "<unk>" in Tokenizer.load(data / "out").special  # no tokenizer.json was left behind
+    assert not (data / "out" / "tokenizer.json").exists() and "<unk>" in Tokenizer.load(data / "out").special
 
 
 def test_sentencepiece_round_trip_and_stock_reader(data):
@@ -125,6 +128,28 @@ def test_sentencepiece_round_trip_and_stock_reader(data):
     chat[0]["content"] = chat[1]["reasoning_content"] = "the bell"
     out = stock.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     assert (out["input_ids"], out["assistant_masks"]) == tokenizer.render(chat)
+
+
+def test_symbols_that_a_sentencepiece_user_defined_are_text_to_encode(tmp_path):
+    """Such symbols are found in any text by the library itself; Mistral's and Yi's chat tokens are of this kind."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([STORY, POEM] * 20), model_writer=model, model_type="bpe", vocab_size=370, minloglevel=2,
+        byte_fallback=True, user_defined_symbols=["<|im_start|>", "<|im_end|>", "  "], hard_vocab_limit=False,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    added = {"3": {"content": "<|im_start|>", "special": True}, "4": {"content": "<|im_end|>", "special": True}}
+    config = {"eos_token": "<|im_end|>", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path).with_chat_template("chatml")
+    text = "the <|im_end|><|im_start|> bell <|im_<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert not {3, 4} & set(ids) and tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + 1  # this one puts a space before a text
+    ids, mask = tokenizer.render([{"role": "user", "content": text}, {"role": "assistant", "content": " the bell"}])
+    assert ids.count(3) == ids.count(4) == 2
+    written = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m], skip_special=False)
+    assert written == "the bell<|im_end|>"  # decode drops the first space
 
 
 def test_report_of_an_existing_tokenizer(data, capsys):

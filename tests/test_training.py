@@ -150,7 +150,8 @@ def test_sigkill_and_sigterm_from_outside(documents, tmp_path):
 
     assert stop_at(34, signal.SIGKILL) == -signal.SIGKILL
     assert stop_at(77, signal.SIGTERM) == 143
-    subprocess.run([*run, "--out", str(tmp_path / "cut")], env=ONE_THREAD, check=True, capture_output=True, cwd=tmp_path)
+    rest = [*run, "--out", str(tmp_path / "cut")]
+    subprocess.run(rest, env=ONE_THREAD, check=True, capture_output=True, cwd=tmp_path)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 

@@ -11,5 +11,5 @@ def next_token_loss(logprobs, loss_mask):
 
 
 def balance_loss(aux_loss, loss_mask):
-    """Rows' MoE balance losses (B,) weighted by their targets, so that it adds to `next_token_loss` and divides alike."""
+    """The rows' MoE balance losses (B,), weighted by their targets: it adds to `next_token_loss` and divides alike."""
     return (aux_loss * loss_mask.sum(1)).sum()

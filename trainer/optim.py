@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 class Muon(Optimizer):
     """Momentum whose update is orthogonalised, for weight matrices (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-        m ← μ m + (1 - μ) g;   u = (1 - μ) g + μ m  (Nesterov);   W ← (1 - lr·wd) W - lr · 0.2·sqrt(max(rows, cols)) · O(u)
+        m ← μ m + (1 - μ) g        u = (1 - μ) g + μ m        W ← (1 - lr·wd) W - lr · 0.2·sqrt(max(rows, cols)) · O(u)
 
     O(u) replaces the singular values of u by values near 1, so that every direction of the matrix learns at the same
     pace; the factor gives the update the size of AdamW's (arXiv:2502.16982, eq. 4), so both share a learning rate.
@@ -82,7 +82,8 @@ def build_optimizers(model, cfg, dtype=torch.float32):
 def lr_at(step, total_steps, cfg):
     """Learning rate of update `step` (1 … total_steps): 0 → lr over warmup_steps, then down to exactly lr / 10.
 
-    wsd stays at lr and goes down linearly over the last 30 % of the steps; cosine goes down all the way; constant stays.
+    wsd stays at lr and goes down linearly over the last 30 % of the steps; cosine goes down all the way; constant
+    stays.
     """
     warmup = min(cfg.warmup_steps, total_steps - 1)
     if step < warmup:

@@ -6,9 +6,9 @@
                                          rng-<rank>.pt         random states of each rank
     out/<stage>/resume/latest            the name of the folder to continue from
 
-A step folder is written and flushed completely before `latest` is replaced (one atomic rename), and the folder before it
-is removed only after that: at every instant `latest` names a whole state. Which data comes next needs no storing: it is
-a function of the step (trainer/batches.py). The Hugging Face files in out/<stage>/ are an export of this state.
+A step folder is written and flushed completely before `latest` is replaced (one atomic rename), and the folder before
+it is removed only after that: at every instant `latest` names a whole state. Which data comes next needs no storing: it
+is a function of the step (trainer/batches.py). The Hugging Face files in out/<stage>/ are an export of this state.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_model, save_model
 
 from model.errors import UserError

@@ -3,8 +3,8 @@ Supervised fine-tuning: learn to answer  (Ouyang et al. 2022, arXiv:2203.02155, 
 
     L = - (1/N) sum_t m_t log p(x_t | x_<t)      m_t = 1 on what the assistant says and on the end of its turn, else 0
 
-The same loss as pretraining; only the mask and the data differ. Conversations are packed into rows with their masks, and
-do not see each other.
+The same loss as pretraining; only the mask and the data differ. Conversations are packed into rows with their masks
+and do not see each other.
 
 reads   out/pretrain   --data  {"conversations"} or {"messages"} records (default: the built-in world)
 writes  out/full_sft   a Hugging Face folder, metrics.jsonl, summary.json, resume/

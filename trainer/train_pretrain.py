@@ -1,10 +1,10 @@
 """
 Pretraining: learn to predict the next token of plain text  (Radford et al. 2019; packing and precision as in nanochat)
 
-    L = - (1/N) sum_t m_t log p(x_t | x_<t)   ( + c · balance loss of a mixture of experts, SPEC of model/moe.py )
+    L = - (1/N) sum_t m_t log p(x_t | x_<t)   ( + c · balance loss of a mixture of experts, model/moe.py )
 
-N counts the targets over all micro-batches and all ranks of a step. Documents are opened and closed by <|endoftext|> and
-packed into full rows, so that no step is spent on padding.
+N counts the targets over all micro-batches and all ranks of a step. Documents are opened and closed by <|endoftext|>
+and packed into full rows, so that no step is spent on padding.
 
 reads   --data        {"text"} records or .txt (default: the built-in world)      --tokenizer nano | base | FOLDER
 writes  out/pretrain  a Hugging Face folder, metrics.jsonl, summary.json, resume/
@@ -30,7 +30,7 @@ from trainer.config import MINIMIND_FLAGS, TrainConfig, arg, parse_args
 
 @dataclass
 class Config(TrainConfig):
-    size: str = arg("auto", "nano, small, base, moe, LAYERSxWIDTH or a config.json; auto: nano on a CPU, small on a GPU")
+    size: str = arg("auto", "nano, small, base, moe, LAYERSxWIDTH or a config.json; auto: nano on a CPU, else small")
     tokenizer: str = arg("auto", "nano, base or a folder; auto: nano for the size nano, base for the others")
     isolate: bool = arg(False, "documents that share a row do not see each other")
 

@@ -4,7 +4,7 @@ Stories agree with the facts: people live in their towns, eat what they like and
 in many contexts. In the text of `conversation` (what fine-tuning sees) only facts of the train split are told.
 """
 
-from dataset.builtin.world import (ANIMALS, BOYS, COLOURS, FACTS, PEOPLE, THINGS, TOWN_FACTS, TOWNS, pronoun, split_of,
+from dataset.builtin.world import (ANIMALS, BOYS, COLOURS, FACTS, PEOPLE, THINGS, TOWNS, pronoun, split_of,
                                    value_of)
 
 TIMES = ("One day", "One morning", "One evening", "On a sunny day", "On a rainy day", "In the winter", "In the spring",

@@ -1,0 +1,38 @@
+"""The quickstart from end to end, with the fewest steps: everything is left where it should be, and again it says so."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scripts import quickstart
+
+
+def test_quickstart_runs_all_stages_and_the_second_time_says_it_is_done(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cfg = quickstart.Config(out=str(tmp_path), vocab_size=320, size="1x32", pretrain_steps=2, sft_steps=2, eval_items=1)
+    quickstart.main(cfg)
+    report = (tmp_path / "quickstart" / "report.md").read_text(encoding="utf-8")
+    figures = json.loads((tmp_path / "quickstart" / "report.json").read_text(encoding="utf-8"))
+    skills = figures["skills"]["full_sft"]["skills"]
+    assert len(skills) >= 12 and all(f"| {name} |" in report for name in skills)
+    assert {"add_two_digits", "subtract_two_digits", "word_problem"} <= skills.keys()
+    assert "untrained" in report and "pretrain" in report and "full_sft" in report and "A conversation" in report
+    for name in ("pretrain", "full_sft"):
+        assert figures["stages"][name]["steps"] == 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full_sft")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full_sft")
+    chat = [{"role": "user", "content": "Who are you?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
+
+    capfd.readouterr()
+    quickstart.main(cfg)
+    assert "The quickstart is done" in capfd.readouterr().out
+
+
+def test_a_failing_stage_ends_it_with_its_exit_code(tmp_path, capfd):
+    cfg = quickstart.Config(out=str(tmp_path), vocab_size=1)
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main(cfg)
+    assert stop.value.code == 2 and "error: " in capfd.readouterr().err

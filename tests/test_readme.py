@@ -1,0 +1,57 @@
+"""The documentation is true: its commands parse, its links lead somewhere, its line counts are right."""
+
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from model.cli import parse_args
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "out"} & set(path.relative_to(ROOT).parts))
+COMMAND = re.compile(r"(?:^|`|\$ )((?:python|torchrun|bash) [^`\n]*)", re.MULTILINE)
+
+
+def commands():
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            for text in COMMAND.findall(line.strip()):
+                yield pytest.param(re.split(r"\s{2,}", text)[0], id=f"{page.relative_to(ROOT).as_posix()}: {text[:60]}")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_name_scripts_that_exist_and_flags_that_parse(command):
+    words = shlex.split(command.split("#")[0])
+    script = next((word for word in words if word.endswith((".py", ".sh"))), None)
+    if script is None:                                          # python -m venv, python -m pip …
+        assert words[1] == "-m", command
+        return
+    assert (ROOT / script).is_file(), f"{script} does not exist"
+    if script.endswith(".sh"):
+        return
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    flags = words[words.index(script) + 1:]
+    if hasattr(module, "Config"):
+        parse_args(module.Config, flags)                        # exits with 2 on an unknown flag or a wrong value
+    else:
+        source = inspect.getsource(module)
+        assert all(f'"{flag}"' in source for flag in flags if flag.startswith("--")), command
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http:", "https:")):
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_the_reading_order_names_files_with_their_length():
+    rows = re.findall(r"^\| \d+ \| \[([\w/.]+)\]\([^)]*\) \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"),
+                      re.MULTILINE)
+    assert len(rows) >= 10
+    for name, lines in rows:
+        count = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(count - int(lines)) <= 10, f"{name} has {count} lines, README says {lines}"
