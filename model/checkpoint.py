@@ -152,7 +152,7 @@ def finish_save(folder):
     listing = done / "files.json"
     if not listing.is_file():
         return
-    files = json.loads(listing.read_text(encoding="utf-8"))
+    files = [Path(file).name for file in json.loads(listing.read_text(encoding="utf-8"))]    # never outside the folder
     for file in sorted(files, key=lambda file: file == "config.json"):      # config.json last
         with suppress(FileNotFoundError):       # moved already, before an interruption or by another rank just now
             os.replace(done / file, folder / file)
@@ -182,22 +182,25 @@ def flush(path):
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_model(folder, device="cpu", dtype=torch.float32):
-    """Read a Hugging Face folder -> (CausalLM in eval mode, Tokenizer). UserError says what is wrong, and where."""
-    model = load_causal_lm(folder, device, dtype)
+def load_model(folder, device="cpu", dtype=torch.float32, rope_scaling=""):
+    """Read a Hugging Face folder -> (CausalLM in eval mode, Tokenizer). UserError says what is wrong, and where.
+
+    rope_scaling "yarn:4" or "linear:4" reads a context 4 times as long as trained (`ModelConfig.stretched`).
+    """
+    model = load_causal_lm(folder, device, dtype, rope_scaling)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return model, tokenizer
 
 
-def load_causal_lm(folder, device="cpu", dtype=torch.float32):
+def load_causal_lm(folder, device="cpu", dtype=torch.float32, rope_scaling=""):
     """The model of a folder without its tokenizer."""
     hf = read_config(folder)
     for architecture in hf.get("architectures") or []:
         if not architecture.endswith("ForCausalLM"):
             raise UserError(f"{folder}: config.json says {architecture}; needed here is a language model, …ForCausalLM")
     with torch.device("meta"):                  # shapes only: no memory, no random numbers
-        model = CausalLM(parse_config(hf, folder)).to(dtype)
+        model = CausalLM(parse_config(hf, folder).stretched(rope_scaling)).to(dtype)
     fill(model, folder, device)
     return model.eval()
 

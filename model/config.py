@@ -64,6 +64,25 @@ class ModelConfig:
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UserError(f"model config: num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
                             f"num_experts {self.num_experts}")
+        if self.rope_scaling:
+            self.rope_scaling = complete_scaling(self.rope_scaling, self.max_position_embeddings)
+
+    def stretched(self, spec):
+        """This shape for a context F times as long, without training: spec is "yarn:F", "linear:F", or "" for as is."""
+        if not spec:
+            return self
+        kind, _, text = spec.partition(":")
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = 0.0
+        if kind not in ("yarn", "linear") or not 1 <= factor < float("inf"):
+            raise UserError(f"rope scaling {spec!r}: expected yarn:F or linear:F with a factor F of at least 1")
+        if self.rope_scaling:
+            raise UserError(f"rope scaling {spec!r}: this model has one already ({self.rope_scaling['rope_type']})")
+        trained = self.max_position_embeddings
+        scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": trained}
+        return dataclasses.replace(self, rope_scaling=scaling, max_position_embeddings=int(trained * factor))
 
     # ---------------------------------------------------------------------------------------- Hugging Face
 
@@ -185,10 +204,7 @@ class ModelConfig:
 
 
 def read_rope(hf):
-    """(theta, scaling) from either spelling: `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`.
-
-    The scaling comes out complete: type, float factor, and L0 = original_max_position_embeddings for yarn and llama3.
-    """
+    """(theta, scaling) from either spelling: `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`."""
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("config.json: rope parameters that differ between layers are not supported")
@@ -198,20 +214,31 @@ def read_rope(hf):
     theta = float(rope.pop("rope_theta", None) or hf["rope_theta"])
     if kind == "default":
         return theta, None
+    outside = hf.get("original_max_position_embeddings")       # transformers lets it win over the one inside
+    return theta, {**rope, "rope_type": kind, **({"original_max_position_embeddings": outside} if outside else {})}
+
+
+def complete_scaling(scaling, max_positions):
+    """A rope scaling as all code may rely on it: a known type, float values, L0 filled in, no other keys.
+
+    L0 = original_max_position_embeddings, the trained length, is max_position_embeddings where it is left out.
+    """
+    kind = scaling.get("rope_type")
     if kind not in ROPE_KEYS:
-        raise UserError(f"config.json: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
+        raise UserError(f"model config: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KEYS)}")
     required, optional = ROPE_KEYS[kind]
-    scaling = {"rope_type": kind}
+    complete = {"rope_type": kind}
     for key in required + optional:
-        value = rope.get(key)
+        value = scaling.get(key)
+        if value is None and key in required:
+            raise UserError(f"model config: rope scaling {kind!r} needs {key}")
         if value is not None:
-            scaling[key] = value if key == "truncate" else float(value)
-        elif key in required:
-            raise UserError(f"config.json: rope scaling {kind!r} needs {key}")
-    if kind != "linear":        # transformers lets a value outside of the rope parameters win, and defaults like this
-        original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-        scaling["original_max_position_embeddings"] = original or hf["max_position_embeddings"]
-    return theta, scaling
+            if not isinstance(value, (int, float)):
+                raise UserError(f"model config: {key} of the rope scaling is {value!r}; it must be a number")
+            complete[key] = value if key == "truncate" else float(value)
+    if kind != "linear":
+        complete["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings") or max_positions
+    return complete
 
 
 def read_window(hf):

@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -106,7 +105,8 @@ class Tokenizer:
         if not folder.is_dir():
             shipped = ", ".join(sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
             raise UserError(f"no tokenizer {str(name_or_folder)!r}: neither a folder nor one of {shipped}")
-        config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        path = folder / "tokenizer_config.json"
+        config = _read_json(path, path.read_bytes()) if path.exists() else {}
         listed = config.get("added_tokens_decoder", {}).items()
         added = {token["content"]: (int(index), token.get("special", False)) for index, token in listed}
         if (folder / "tokenizer.json").exists():
@@ -124,8 +124,7 @@ class Tokenizer:
         """Write the files that `load` and a stock AutoTokenizer read. Everything else in `folder` is left alone."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if folder.resolve() != self.rule.source.parent.resolve():
-            shutil.copyfile(self.rule.source, folder / self.rule.source.name)
+        (folder / self.rule.source.name).write_bytes(self.rule.data)  # as loaded: the source may have changed since
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         with open(folder / "tokenizer_config.json", "w", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -191,9 +190,7 @@ class Tokenizer:
         if name_or_file == "chatml":
             for text in ("<|im_start|>", "<|im_end|>"):
                 self.special_id(text)
-        template = path.read_text(encoding="utf-8")
-        hidden = self._hidden
-        return Tokenizer(self.rule, self.special, hidden, self.config, template)
+        return Tokenizer(self.rule, self.special, self._hidden, self.config, path.read_text(encoding="utf-8"))
 
     def render(self, messages, tools=None, add_generation_prompt=False, enable_thinking=False):
         """Conversation → (ids, mask), two lists of equal length.
@@ -208,23 +205,26 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise UserError(f"{self.rule.source.parent} has no chat template; give --chat_template chatml")
+        if tools and not re.search(r"\btools\b", self.chat_template):
+            raise UserError("the chat template has no place for tools; use --chat_template chatml")
         messages = [_for_template(message) for message in messages]
         # Three letters (cuneiform, if free) that occur nowhere in the conversation. BREAK is put inside everything in
         # it that spells a special token, so that what still spells one after rendering was written by the template.
         used = set(json.dumps([messages, tools], ensure_ascii=False)) | set(self.chat_template)
         BREAK, BEGIN, END = itertools.islice((c for c in map(chr, range(0x12000, 0x110000)) if c not in used), 3)
         messages = [_map_text(message, lambda text: self._break(text, BREAK)) for message in messages]
+        messages = [_write_out(message, self.chat_template) for message in messages]
         tools = _map_text(tools, lambda text: self._break(text, BREAK)) or None
 
-        def render(messages, **options):
+        def lay_out(messages, **options):
             return self._template.render(
                 messages=messages, tools=tools, generation_begin=BEGIN, generation_end=END, **self._names, **options
             )
 
         try:
-            text = render(messages, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking)
+            text = lay_out(messages, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking)
             if "generation" not in self._template_tags:
-                text = self._mark_by_prefixes(text, messages, render, BEGIN, END)
+                text = self._mark_by_prefixes(text, messages, lay_out, BEGIN, END)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses this conversation: {error}") from error
 
@@ -248,7 +248,7 @@ class Tokenizer:
         """`text` with `mark` inside every substring that spells a special token."""
         return re.sub(self._special_pattern, lambda found: found[0][:1] + mark + found[0][1:], text)
 
-    def _mark_by_prefixes(self, text, messages, render, begin, end):
+    def _mark_by_prefixes(self, text, messages, lay_out, begin, end):
         """`text` with the assistant's spans marked, for a template without `{% generation %}`.
 
         The span of turn i starts where a prompt for it would end and closes with the last stop token that the turn
@@ -264,8 +264,8 @@ class Tokenizer:
             if message["role"] != "assistant":
                 continue
             thinking = bool(message.get("reasoning_content"))
-            prompt = render(messages[:i], add_generation_prompt=True, enable_thinking=thinking)
-            turn = render(messages[: i + 1], add_generation_prompt=False, enable_thinking=thinking)
+            prompt = lay_out(messages[:i], add_generation_prompt=True, enable_thinking=thinking)
+            turn = lay_out(messages[: i + 1], add_generation_prompt=False, enable_thinking=thinking)
             close = max((turn.rfind(stop) + len(stop) for stop in stops if stop in turn[len(prompt) :]), default=0)
             if not (turn.startswith(prompt) and close and text.startswith(turn[:close])):
                 raise refuse
@@ -339,8 +339,8 @@ class _BPE:
     """tokenizer.json through the `tokenizers` library."""
 
     def __init__(self, path):
-        self.source = path
-        spec = _read_json(path)
+        self.source, self.data = path, path.read_bytes()
+        spec = _read_json(path, self.data)
         model = spec.get("model", {})
         if not {"vocab", "merges"} <= model.keys():
             raise UserError(f"{path}: its model ({model.get('type', 'none')}) is not BPE, the only kind read here")
@@ -398,7 +398,7 @@ class _SentencePiece:
     def __init__(self, path, added):
         """`added`: {text: (id, hidden)} from tokenizer_config.json."""
         self.source = path
-        self.definition = path.read_bytes()
+        self.definition = self.data = path.read_bytes()
         self._first = self._library(self.definition, path)
         # The same model without the space before the text. A protobuf message may be continued by appending to it:
         # these four bytes set field 3 of field 3 (normalizer_spec.add_dummy_prefix) to false.
@@ -498,6 +498,24 @@ def _for_template(message):
         calls.append({"id": call.get("id", f"call{i:05d}"), "type": "function", "function": function, **function})
     message = message | {"content": content}
     return message | {"tool_calls": calls} if calls else message
+
+
+def _write_out(message, template):
+    """Parts of an assistant's message that the template does not read, back in its content as tags.
+
+    The inverse of `lift_structure`. The tags are structure: where the vocabulary has them, they are single tokens.
+    """
+    parts = {key: message[key] for key in ("reasoning_content", "answer", "tool_calls") if message.get(key)}
+    parts = {key: value for key, value in parts.items() if not re.search(rf"\.{key}\b|['\"]{key}['\"]", template)}
+    if message["role"] != "assistant" or not parts:
+        return message
+    lines = [message["content"]] if message["content"] else []
+    lines += [f"<answer>{parts['answer']}</answer>"] if "answer" in parts else []
+    for call in parts.get("tool_calls", []):
+        call = json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
+        lines.append(f"<tool_call>{call}</tool_call>")
+    thought = f"<think>\n{parts['reasoning_content']}\n</think>\n\n" if "reasoning_content" in parts else ""
+    return message | {"content": thought + "\n".join(lines)}
 
 
 def _check_unicode(text):
@@ -605,10 +623,10 @@ def _raise_exception(message):
 # --- files
 
 
-def _read_json(path):
+def _read_json(path, data):
+    """The object that the bytes `data` of the file at `path` spell."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

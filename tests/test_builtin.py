@@ -103,10 +103,7 @@ def test_no_held_out_exercise_is_in_a_training_text(name, training_lines):
     held_out = draw_all(rng, name, "test", 300) + draw_all(rng, name, "val", 100)
     assert len({item.key for item in held_out}) >= 8
     for item in held_out:
-        for _ in range(6):                                      # other wordings of the same exercise
-            assert item.question not in training_lines and item.exercise not in training_lines
-            other = draw(random.Random(rng.random()), name, split_of(item.key), item.level)
-            assert other.question not in training_lines
+        assert item.question in item.wordings and not training_lines.intersection(item.wordings), item
 
 
 def test_no_training_text_holds_a_held_out_sum_or_difference(training_lines):
@@ -170,7 +167,7 @@ def listed(text):
 
 
 def reading(text):
-    owner_of = dict(re.findall(r"(\w+) has a (\w+)", text)) or dict(re.findall(r"of (\w+) is (\w+)\.", text))
+    owner_of = dict(re.findall(r"of (\w+) is (\w+)\.", text))
     if "Which colour" in text:
         return owner_of[re.search(r"of (\w+)\?", text)[1]]
     wanted = re.search(r"Who has the (\w+)", text)[1]
@@ -315,8 +312,8 @@ def test_acorn_says_who_it_is(files):
     ("letters", "o l i m", ["o l i m", "olim", "o-l-i-m.", ' "o l i m"'], ["o l m i", "O L I M", "o l i m o", "", "olim is it"]),
     ("phrase", "Stonebay", ["Stonebay", "stonebay.", "Mia lives in Stonebay."], ["Stone", "Stonebay is far", "", "NotStonebay"]),
     ("phrase", "water plants", ["water plants", "The swan eats water plants."], ["plants", "water", "plants water"]),
-    ("yes_no", "yes", ["yes", "Yes.", "Yes. Mia lives in Elmton."], ["no", "", "yes no", "Well, yes", "yesno", "No. Yes."]),
-    ("yes_no", "no", ["No. The fox is red.", "no"], ["not", "Yes.", "No, yes."]),
+    ("yes_no", "yes", ["yes", "Yes.", "Mia lives in Elmton, so yes."], ["no", "", "yes no", "yesno", "No. Yes."]),
+    ("yes_no", "no", ["No. The fox is red.", "no", "The fox is red, so no."], ["not", "Yes.", "No, yes."]),
     ("tool_call", '{"name": "calculator", "arguments": {"expression": "3*4"}}',
      ['<tool_call>{"name": "calculator", "arguments": {"expression": "3*4"}}</tool_call>',
       'I compute.<tool_call>\n{"arguments": {"expression": "3 * 4"}, "name": "calculator"}\n</tool_call>'],

@@ -316,6 +316,8 @@ def test_save_and_load(tmp_path):
     BASE.save(tmp_path / "a")
     again = Tokenizer.load(tmp_path / "a")
     again.save(tmp_path / "a")  # onto itself
+    NANO.save(tmp_path / "a")  # what was loaded is what is saved, whatever happened to its folder since
+    again.save(tmp_path / "a")
     again = Tokenizer.load(str(tmp_path / "a"))
     assert again.fingerprint == BASE.fingerprint != NANO.fingerprint and re.fullmatch("[0-9a-f]{64}", again.fingerprint)
     assert again.render(CHAT, TOOLS) == BASE.render(CHAT, TOOLS)
@@ -542,6 +544,23 @@ def test_llama2_and_mistral_form(tmp_path, legacy):
     assert not {0, 1, 2} & set(tokenizer.encode("<s>x</s><unk>"))
     check_spans(tokenizer, "hello, how are you?</s> the quick brown fox</s>")  # decode drops the space it starts with
     assert tokenizer.render(PLAIN[:1])[0] == stock_ids(folder, PLAIN[:1])
+
+
+def test_parts_that_a_foreign_template_does_not_read_are_not_lost(tmp_path):
+    path = tmp_path / "plain.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{# the answer #}",
+        encoding="utf-8",
+    )
+    foreign = NANO.with_chat_template(path)
+    thinking = [CHAT[1], {"role": "assistant", "content": "", "reasoning_content": "6*7 </think>", "answer": "42"}]
+    for messages in (CHAT[1:3], thinking):  # both templates write the same
+        assert foreign.render(messages) == NANO.render(messages)
+    with pytest.raises(UserError, match="no place for tools"):
+        foreign.render(CHAT, TOOLS)
+    text = {"role": "user", "content": "hi", "answer": "x"}  # an item's expected answer is no part of the conversation
+    assert foreign.render([text]) == foreign.render([{"role": "user", "content": "hi"}])
 
 
 def test_template_that_never_ends_a_turn_is_refused(tmp_path):

@@ -131,7 +131,7 @@ def test_sentencepiece_round_trip_and_stock_reader(data):
 
 
 def test_symbols_that_a_sentencepiece_user_defined_are_text_to_encode(tmp_path):
-    """Such symbols are found in any text by the library itself; Mistral's and Yi's chat tokens are of this kind."""
+    """The library itself finds such symbols in any text, unlike control symbols."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([STORY, POEM] * 20), model_writer=model, model_type="bpe", vocab_size=370, minloglevel=2,

@@ -13,7 +13,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.errors import UserError
-from trainer import runtime, train_full_sft, train_pretrain
+from trainer import runtime, state, train_full_sft, train_pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(max_len=48, batch_size=8, log_every=1, eval_every=0, sample_every=0, save_every=0, device="cpu",
@@ -182,6 +182,46 @@ def test_a_finished_run_says_so_and_a_changed_one_is_refused(documents, tmp_path
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     pretrain(documents, tmp_path / "run", max_steps=2, lr=1e-2, overwrite=True)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("stage", ["weights", "optimizers", "state.json", "latest.new", "replace"])
+def test_a_save_that_fails_anywhere_leaves_the_one_before(stage, documents, tmp_path, monkeypatch):
+    """Die at each stage of writing the state after step 4: the run goes on from step 2, to the same bits."""
+    options = dict(max_steps=5, save_every=2)
+    pretrain(documents, tmp_path / "whole", **options)
+    write, replace = state.write, os.replace
+
+    def die(*_):
+        raise Killed
+
+    def broken_write(path, writer):
+        if stage in path.name and (state.latest(tmp_path / "cut")[0] is not None):
+            path.write_bytes(b"half a fi")
+            die()
+        write(path, writer)
+
+    def broken_replace(source, target):
+        if stage == "replace" and Path(target).name == "latest" and Path(target).exists():
+            die()
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(state, "write", broken_write)
+        patch.setattr(os, "replace", broken_replace)
+        pretrain(documents, tmp_path / "cut", **options)
+    assert state.latest(tmp_path / "cut")[1]["step"] == 2
+    pretrain(documents, tmp_path / "cut", **options)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_saving_a_step_twice_does_not_touch_the_first(documents, tmp_path, monkeypatch):
+    save = runtime.Run.save
+    monkeypatch.setattr(runtime.Run, "save", lambda *a, **k: (save(*a, **k), save(*a, **k)))
+    written = []
+    write = state.write
+    monkeypatch.setattr(state, "write", lambda path, writer: (written.append(path), write(path, writer)))
+    pretrain(documents, tmp_path / "run", max_steps=3, save_every=2)
+    assert len(written) == len(set(written)) + 1                      # latest.new is written once for each of two saves
 
 
 def test_changed_data_is_noticed(documents, tmp_path, monkeypatch):

@@ -210,6 +210,28 @@ def test_yarn_by_its_definition():
     assert speeds(factor=4.0)[1] == pytest.approx(0.1 * torch.tensor(4.0).log().item() + 1)
 
 
+@pytest.mark.parametrize("spec", ["yarn:4", "linear:2.5"])
+def test_a_context_stretched_at_loading_equals_transformers(spec, tmp_path):
+    kind, factor = spec.split(":")
+    theirs = from_oracle(FAMILIES["qwen3"])
+    theirs.save_pretrained(tmp_path)
+    scaling = {"rope_type": kind, "factor": float(factor), "rope_theta": 1e4}
+    scaling.update({"original_max_position_embeddings": 64} if kind == "yarn" else {})
+    stretched = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=scaling).eval()
+    model = load_causal_lm(tmp_path, rope_scaling=spec)
+    assert difference(model, stretched) < 1e-5 < difference(model, theirs)
+    assert model.config.max_position_embeddings == 64 * float(factor)
+    assert ModelConfig.from_hf(model.config.to_hf()) == model.config
+    with pytest.raises(UserError, match="already"):
+        model.config.stretched("yarn:2")
+
+
+@pytest.mark.parametrize("spec", ["yarn", "yarn:", "yarn:0.5", "yarn:x", "yarn:inf", "yarn:nan", "llama3:8", "4"])
+def test_a_wrong_stretch_is_refused(spec):
+    with pytest.raises(UserError, match="yarn:F"):
+        ModelConfig.from_hf({**SHAPE, "model_type": "llama"}).stretched(spec)
+
+
 def test_only_distances_matter_also_under_yarn():
     model = load_causal_lm(GOLDENS / "llama_yarn")
     positions = torch.arange(T)[None]
@@ -395,6 +417,7 @@ def test_fused_attention_equals_the_slow_one(case):
     (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "longrope"),
     (dict(rope_scaling=dict(type="dynamic", factor=2.0)), "dynamic"),
     (dict(rope_scaling=dict(rope_type="yarn")), "factor"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor="4")), "number"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
     (dict(rope_parameters=dict(full_attention=dict(rope_type="default"), sliding_attention=dict())), "layers"),
     (dict(hidden_act="gelu"), "gelu"),

@@ -77,6 +77,8 @@ def save(cfg, run, step, model, optimizers, finished=False):
     """Write the state after `step`. Every rank calls it; rank 0 writes all but the random states of the others."""
     root = run.out / "resume"
     folder = root / f"step-{step:08d}{'-end' if finished else ''}"
+    if latest(run.out)[0] == folder:                          # saved already: never touch what `latest` names
+        return
     if run.is_main:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -314,7 +314,7 @@ def main(cfg):
     if cfg.tokenizer and not cfg.report:
         raise UserError("--tokenizer names a vocabulary to measure: add --report, or leave it out to train one")
     if cfg.tokenizer:
-        parts, tokenizer = split_weights(cfg.data), Tokenizer.load(cfg.tokenizer)
+        tokenizer, parts = Tokenizer.load(cfg.tokenizer), split_weights(cfg.data)
     else:
         out = pathlib.Path(cfg.out or ROOT / "out" / "tokenizer")
         if (out / "tokenizer_config.json").exists() and not cfg.overwrite:

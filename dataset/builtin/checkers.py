@@ -43,10 +43,8 @@ def phrase(text, expected):
 
 
 def yes_no(text, expected):
-    """The first word is the expected 'yes' or 'no', and the other one does not follow."""
-    said = re.findall(r"\w+", text.lower())
-    other = {"yes": "no", "no": "yes"}[expected]
-    return bool(said) and said[0] == expected and other not in said
+    """Of the words yes and no, the text holds the expected one only: 'No.', 'The fox is red, so no.'"""
+    return {word for word in re.findall(r"\w+", text.lower()) if word in ("yes", "no")} == {expected}
 
 
 def tool_call(text, expected):

@@ -33,7 +33,8 @@ def draw_any(rng, split="train"):
 
 def pretrain(rng, size):
     """Documents: stories, facts, conversations, and above all drills: questions with their answers, line by line."""
-    kinds = {drill: 58, stories.story: 14, stories.life: 14, stories.guide: 6, stories.list_of_facts: 5, talk: 3}
+    kinds = {drill: 60, stories.story: 12, stories.life: 12, stories.guide: 5, stories.list_of_facts: 5, talk: 3,
+             stories.counting: 3}
     for kind in rng.choices(list(kinds), kinds.values(), k=size):
         yield {"text": kind(rng)}
 

@@ -43,8 +43,8 @@ class Item:
     skill: str
     level: int
     key: str
-    exercise: str                                     # its first wording: items of equal exercise differ only in words
-    question: str
+    wordings: tuple                                   # all its questions; exercises with equal ones are equal
+    question: str                                     # one of them
     answer: str
     checker: str
     reply: str
@@ -76,8 +76,8 @@ def draw(rng, skill_name, split="train", level=0):
     for _ in range(10_000):                           # a split holds at least a twentieth of the keys
         task = chosen.make(rng, level)
         if split_of(task.key) == split:
-            wordings = task.wordings or [question.format(**task.values) for question in chosen.questions]
-            return Item(skill_name, level, task.key, wordings[0], rng.choice(wordings), task.answer, chosen.checker,
+            wordings = task.wordings or tuple(question.format(**task.values) for question in chosen.questions)
+            return Item(skill_name, level, task.key, wordings, rng.choice(wordings), task.answer, chosen.checker,
                         task.reply or task.answer)
     raise RuntimeError(f"no {split} exercise of {skill_name} at level {level}: it has too few different keys")
 
@@ -90,7 +90,7 @@ def draw_all(rng, skill_name, split, size):
         for _ in range(20 * size):
             if len(items) < size // levels + (level <= size % levels):
                 item = draw(rng, skill_name, split, level)
-                items.setdefault(item.exercise, item)
+                items.setdefault(item.wordings, item)
     in_turn = itertools.zip_longest(*(items.values() for items in by_level))
     return [item for items in in_turn for item in items if item is not None]
 
@@ -279,8 +279,8 @@ def sort_numbers(rng, level):
 
 @skill("number", ("What comes next: {shown}", "Continue: {shown}"), levels=2, weight=1.3, max_new_tokens=8)
 def next_number(rng, level):
-    """Four numbers at equal steps, up (level 1) or up or down (level 2)."""
-    step, start = rng.randint(1, 5), rng.randint(0, 30)
+    """Four numbers at equal steps, up (level 1) or up or down (level 2); steps of one are left to `stories.counting`."""
+    step, start = rng.randint(2, 6), rng.randint(0, 40)
     values = [start + i * step for i in range(5)]
     if level == 2 and rng.random() < 0.5:
         values.reverse()
@@ -325,24 +325,25 @@ def calculator(rng, level):
 
 # --- the world: the facts stand in the pretraining text, the held-out ones are asked about in no training record
 
-@skill("phrase", weight=1.5, max_new_tokens=24)
+@skill("phrase", weight=1.5, max_new_tokens=32)
 def fact(rng, level):
     known = rng.choice(FACTS)
     return Task(known.key, {}, known.value, reply=known.statement,
                 wordings=tuple(question.format(s=known.subject) for question in known.relation.asked))
 
 
-@skill("yes_no", weight=1.5, max_new_tokens=24)
+@skill("yes_no", weight=1.5, max_new_tokens=32)
 def yes_no(rng, level):
+    """The reply recalls the fact first: what stands before the answer is a thought that the answer can build on."""
     known = rng.choice(FACTS)
     wrong = [value for value in VALUES[known.relation.name] if value not in (known.value, known.subject)]
     yes = rng.random() < 0.5
     question = known.relation.yes_no.format(s=known.subject, v=known.value if yes else rng.choice(wrong))
     answer = "yes" if yes else "no"
-    return Task(known.key, {}, answer, reply=f"{answer.capitalize()}. {known.statement}", wordings=(question,))
+    return Task(known.key, {}, answer, reply=f"{known.statement[:-1]}, so {answer}.", wordings=(question,))
 
 
-READINGS = ("{x} has a {cx} {thing}. {y} has a {cy} {thing}. Which colour is the {thing} of {who}?",
+READINGS = ("The {thing} of {x} is {cx}. The {thing} of {y} is {cy}. Which colour is the {thing} of {who}?",
             "The {thing} of {x} is {cx}. The {thing} of {y} is {cy}. Who has the {cw} {thing}?")
 
 

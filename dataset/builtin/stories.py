@@ -102,10 +102,17 @@ def list_of_facts(rng):
     return tell_all(rng, rng.sample(FACTS, 8))
 
 
+def counting(rng):
+    """Numbers in order: what comes after 9, 19, 99."""
+    start = rng.randint(0, 99)
+    return " ".join(map(str, range(start, start + rng.randint(10, 25))))
+
+
 def tell_all(rng, known):
     known = list(known)
     rng.shuffle(known)
-    return " ".join(fact.told(rng.choice((0, 0, *range(1, len(fact.relation.told))))) for fact in known)
+    between = rng.choice(("\n", "\n", " "))            # a line of its own, as in the answer to a question, or running text
+    return between.join(fact.told(rng.choice((0, 0, *range(1, len(fact.relation.told))))) for fact in known)
 
 
 # --- conversation: who Acorn is, and small talk
