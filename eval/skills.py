@@ -1,8 +1,8 @@
 """Held-out accuracy of a checkpoint, skill by skill: greedy answers, judged by each item's checker.
 
-Every skill is reported with its number of items n and the Wilson 95 % interval of its accuracy. The last line is the mean
-over skills (each counts the same, however many items it has) with a bootstrap interval: items are drawn with replacement
-within each skill, so it says how far other items of the same skills would move the mean.
+Every skill is reported with its number of items n and the Wilson 95 % interval of its accuracy. The last line is the
+mean over skills (each counts the same, however many items it has) with a bootstrap interval: items are drawn with
+replacement within each skill, so it says how far other items of the same skills would move the mean.
 
     python eval/skills.py --model out/full_sft
     python eval/skills.py --model out/grpo --data my_prompts.jsonl --limit 50 --out skills.json
@@ -23,7 +23,7 @@ from model.errors import UserError, run
 @dataclass
 class Config:
     model: str = arg("out/full_sft", "checkpoint folder")
-    data: str = arg("builtin", "jsonl of items: conversations (or prompt), answer, checker, skill; builtin: the built-in world's")
+    data: str = arg("builtin", "jsonl of items (conversations or prompt, answer, checker, skill), or builtin")
     split: str = arg("test", "which held-out items of the built-in world", choices=("test", "val"))
     limit: int = arg(0, "use only the first so many items of every skill; 0 = all")
     batch_size: int = arg(128, "prompts answered together; changes memory and speed, not the answers")
@@ -49,7 +49,10 @@ MAX_NEW_TOKENS = 64                                        # for items that do n
 
 
 def read_items(path, limit=0):
-    """Items of a jsonl file, at most `limit` of each skill: dicts with skill, messages, answer, checker, max_new_tokens."""
+    """Items of a jsonl file, at most `limit` of each skill (0 = all), as dicts.
+
+    Keys: skill, level, messages, answer, checker, max_new_tokens. Raises UserError with file:line for any other record.
+    """
     items, counts = [], {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -60,8 +63,8 @@ def read_items(path, limit=0):
                         "skill": record.get("skill", "all"), "level": record.get("level", 0),
                         "max_new_tokens": record.get("max_new_tokens", MAX_NEW_TOKENS)}
             except (ValueError, KeyError) as error:
-                raise UserError(f"{path}:{number}: not an item to check ({error}); it needs conversations, answer, checker") \
-                    from None
+                raise UserError(f"{path}:{number}: not an item to check ({error}); it needs conversations (or prompt), "
+                                "answer and checker") from None
             if isinstance(messages, str):
                 item["messages"] = [{"role": "user", "content": messages}]
             counts[item["skill"]] = counts.get(item["skill"], 0) + 1
@@ -73,14 +76,15 @@ def read_items(path, limit=0):
 
 
 def answer_items(model, tokenizer, items, batch_size=128):
-    """The model's greedy answer to each item, a list of strings. Items that allow equally long answers share batches."""
+    """The model's greedy answer to each item, a list of str. Items that allow equally long answers share batches."""
     answers = [""] * len(items)
     for budget in sorted({item["max_new_tokens"] for item in items}):
         places = [i for i, item in enumerate(items) if item["max_new_tokens"] == budget]
         prompts = [tokenizer.render(items[i]["messages"], add_generation_prompt=True)[0] for i in places]
         params = SamplingParams(max_new_tokens=budget, temperature=0.0)
-        for i, completions in zip(places, generate(model, prompts, params, tokenizer, batch_size=batch_size), strict=True):
-            answers[i] = completions[0].text
+        completions = generate(model, prompts, params, tokenizer, batch_size=batch_size)
+        for i, (completion,) in zip(places, completions, strict=True):
+            answers[i] = completion.text
     return answers
 
 

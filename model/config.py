@@ -286,7 +286,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "
 # -------------------------------------------------------------------------------------------------- sizes
 
 SIZES = {   # name: (layers, width, MLP width, query heads, kv heads); parameters at the shipped vocabularies
-    "nano": (6, 160, 448, 5, 5),           # for a CPU, with the small tokenizer
+    "nano": (6, 128, 352, 4, 2),           # 1.2M, for a CPU, with the small tokenizer
     "small": (8, 512, 1408, 8, 2),         # 26M
     "base": (16, 768, 2048, 12, 3),        # 104M
 }

@@ -103,8 +103,9 @@ def attention_mask_for(T, past, device, padding=None, segment_ids=None, window=0
     slots = torch.arange(past + T, device=device)                                 # (S,)
     queries = slots[past:, None]                                                  # (T, 1)
     mask = slots <= queries                                                       # (T, S) causal
-    if window:
-        mask = mask & (slots > queries - window)
+    if window:      # counted in real tokens: padding between two tokens does not take them apart
+        place = slots[None] if padding is None else padding.long().cumsum(1)      # (1 or B, S)
+        mask = mask & (place[:, past:, None] - place[:, None, :] < window)[:, None]   # (1 or B, 1, T, S)
     if padding is not None:
         mask = mask & padding.bool()[:, None, None, :]                            # (B, 1, T, S) 1 = real token
     if segment_ids is not None:

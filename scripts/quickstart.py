@@ -16,6 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])   # the project root, not scripts/
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -61,7 +62,7 @@ def main(cfg):
         if not scores.exists():
             script("eval/skills.py", "--model", folder, "--limit", cfg.eval_items, "--out", scores)
     conversation = script("scripts/chat.py", "--model", sft, "--prompts", "auto", "--temperature", 0, capture=True)
-    write_report(report_folder, tokenizer, pretrain, sft, conversation)
+    write_report(report_folder, pretrain, sft, conversation)
     print((report_folder / "report.md").read_text(encoding="utf-8"))
     print(f"Talk to it:  python scripts/chat.py --model {shown(sft)}")
 
@@ -95,39 +96,50 @@ def save_untrained(pretrain, folder):
     save_model(folder, CausalLM(load_config(pretrain)), Tokenizer.load(pretrain))
 
 
-def write_report(folder, tokenizer, pretrain, sft, conversation):
-    """report.json with every figure, report.md with the table and the conversation."""
-    summaries = {path.name: json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in (pretrain, sft)}
-    skills = {name: json.loads((folder / f"skills_{name}.json").read_text(encoding="utf-8"))
-              for name in ("untrained", "pretrain", "full_sft")}
-    before = json.loads((pretrain / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    figures = {"machine": f"{platform.machine()}, {platform.system()}", "stages": summaries, "skills": skills}
-    (folder / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+def write_report(folder, pretrain, sft, conversation):
+    """report.json with every figure, and report.md made from it."""
+    figures = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+               "start": json.loads((pretrain / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]),
+               "stages": {path.name: json.loads((path / "summary.json").read_text(encoding="utf-8"))
+                          for path in (pretrain, sft)},
+               "skills": {}, "conversation": conversation.strip()}
+    for name in ("untrained", "pretrain", "full_sft"):
+        scores = json.loads((folder / f"skills_{name}.json").read_text(encoding="utf-8"))
+        figures["skills"][name] = {key: scores[key] for key in ("mean", "mean_interval", "skills")}
+    (folder / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = ["# From nothing to a model that answers", "", *stage_table(figures), "", *skill_table(figures), "",
+            "A conversation with it:", "", "```", figures["conversation"], "```", ""]
+    (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
 
-    def bpb(scores, prefix=""):
-        low, high = scores[f"{prefix}bits_per_byte_interval"]
-        return f"{scores[f'{prefix}bits_per_byte']:.3f} [{low:.3f}, {high:.3f}]"
 
-    def percent(value, interval):
-        return f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
+def percent(value, interval):
+    return f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
 
-    def mean(stage):
-        return percent(skills[stage]["mean"], skills[stage]["mean_interval"])
 
-    stages = {name: (f"{summary['minutes']:.1f}", bpb(summary["held_out"])) for name, summary in summaries.items()}
-    rows = [("untrained", "", bpb(before, "val_"), mean("untrained")),
-            ("pretrain", *stages["pretrain"], mean("pretrain")),
-            ("full_sft (bits per byte of answers)", *stages["full_sft"], mean("full_sft"))]
-    lines = ["# From nothing to a model that answers", "",
-             "Held-out figures with 95 % intervals: text and exercises that no training record contains.", "",
-             "| stage | minutes | bits per byte | skills, exact match |", "|---|--:|---|---|",
-             *(f"| {' | '.join(row)} |" for row in rows), "",
-             "| skill | untrained | pretrained | fine-tuned |", "|---|--:|--:|--:|"]
+def stage_table(figures):
+    """Lines of a table: what each stage took and what it reached on held-out text and exercises, 95 % intervals."""
+    yield "| stage | minutes | bits per byte, held out | skills, exact match |"
+    yield "|---|--:|---|---|"
+    for name, label in (("untrained", "untrained"), ("pretrain", "pretrained"), ("full_sft", "fine-tuned")):
+        stage = figures["stages"].get(name)
+        start = {key.removeprefix("val_"): value for key, value in figures["start"].items()}
+        scores = stage["held_out"] if stage else start
+        low, high = scores["bits_per_byte_interval"]
+        skills = figures["skills"][name]
+        cells = [label, f"{stage['minutes']:.1f}" if stage else "",
+                 f"{scores['bits_per_byte']:.3f} [{low:.3f}, {high:.3f}]{' of answers' if name == 'full_sft' else ''}",
+                 percent(skills["mean"], skills["mean_interval"])]
+        yield f"| {' | '.join(cells)} |"
+
+
+def skill_table(figures):
+    """Lines of a table: exact match of every skill on exercises that no training record contains."""
+    yield "| skill | untrained | pretrained | fine-tuned |"
+    yield "|---|--:|--:|--:|"
+    skills = figures["skills"]
     for name, tuned in skills["full_sft"]["skills"].items():
         earlier = [f"{skills[stage]['skills'][name]['accuracy']:.0%}" for stage in ("untrained", "pretrain")]
-        lines.append(f"| {name} | {' | '.join(earlier)} | {percent(tuned['accuracy'], tuned['interval'])} |")
-    lines += ["", "A conversation with it:", "", "```", conversation.strip(), "```", ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+        yield f"| {name} | {' | '.join(earlier)} | {percent(tuned['accuracy'], tuned['interval'])} |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The built-in world: the same bytes from the same seed, right answers, and no held-out exercise in any training text."""
+"""The built-in world: the same bytes from the same seed, right answers, no held-out exercise in any training text."""
 
 import json
 import os
@@ -40,11 +40,11 @@ def training_lines(files):
 
 def test_every_kind_is_tested_and_read_by_the_datasets(files):
     assert set(SIZES) == set(generate.KINDS)
-    shapes = {"pretrain": "text", "sft": "messages", "prompts": "answer", "skills_val": "answer", "skills_test": "answer"}
+    shapes = {"pretrain": "text", "sft": "messages"}
     for kind, path in files.items():
         records = list(jsonl.records(path))
         assert len(records) >= SIZES[kind]
-        assert all(shapes[kind] in record for record in records), kind
+        assert all(shapes.get(kind, "answer") in record for record in records), kind
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
@@ -71,7 +71,7 @@ def test_command_line_says_what_it_wrote(tmp_path, capsys):
 
 
 def test_ensure_writes_once_and_again_when_the_generator_changes(tmp_path, monkeypatch):
-    monkeypatch.setitem(generate.KINDS, "tiny", (lambda rng, size: ({"text": str(rng.random())} for _ in range(size)), 3))
+    monkeypatch.setitem(generate.KINDS, "tiny", (lambda rng, size: ({"text": str(i)} for i in range(size)), 3))
     path = generate.ensure("tiny", tmp_path)
     path.write_text("kept", encoding="utf-8")
     assert generate.ensure("tiny", tmp_path) == path and path.read_text(encoding="utf-8") == "kept"
@@ -135,15 +135,17 @@ def test_no_training_text_holds_a_held_out_word(training_lines):
     assert all(split_of(f"word:{word}") == "train" for word in words)
 
 
-def test_held_out_facts_are_told_in_pretraining_but_never_asked_or_told_in_chat(files, training_lines):
+def test_held_out_facts_are_told_in_pretraining_but_never_asked(files, training_lines):
     hidden = [fact for fact in FACTS if split_of(fact.key) != "train"]
     assert 30 < len(hidden) < 70
     read = "\n".join(jsonl.texts(files["pretrain"]))
-    chat = "\n".join(jsonl.texts(files["sft"]))
+    chats = [chat["messages"] for chat in jsonl.records(files["sft"])]
+    exchanges = [pair for chat in chats for pair in zip(chat, chat[1:], strict=False) if pair[1]["role"] == "assistant"]
     for fact in hidden:
         assert any(fact.told(i) in read for i in range(len(fact.relation.told)))
-        assert not any(fact.told(i) in chat for i in range(len(fact.relation.told)))
         assert not any(question.format(s=fact.subject) in training_lines for question in fact.relation.asked)
+        asked = [before["content"] for before, after in exchanges if after["content"].startswith(fact.statement[:-1])]
+        assert all(question.startswith("Tell me about ") or "story" in question for question in asked)
         assert not any(fact.relation.yes_no.format(s=fact.subject, v=value) in training_lines
                        for value in VALUES[fact.relation.name])
 
@@ -168,6 +170,8 @@ def listed(text):
 
 def reading(text):
     owner_of = dict(re.findall(r"of (\w+) is (\w+)\.", text))
+    if match := re.search(r"Is the \w+ of (\w+) (\w+)\?", text):
+        return "yes" if owner_of[match[1]] == match[2] else "no"
     if "Which colour" in text:
         return owner_of[re.search(r"of (\w+)\?", text)[1]]
     wanted = re.search(r"Who has the (\w+)", text)[1]
@@ -175,8 +179,8 @@ def reading(text):
 
 
 def odd(text):
-    groups = [{"fox", "owl", "bear", "frog", "deer", "hen", "horse", "mouse", "sheep", "cow", "swan", "wolf", "dog", "cat",
-               "rabbit", "duck"},
+    groups = [{"fox", "owl", "bear", "frog", "deer", "hen", "horse", "mouse", "sheep", "cow", "swan", "wolf", "dog",
+               "cat", "rabbit", "duck"},
               {"apple", "soup", "bread", "honey", "plum", "cheese", "rice", "cake", "pear", "egg", "corn", "nut"},
               {"red", "blue", "green", "yellow", "white", "black", "brown", "purple", "grey", "pink"},
               {"ball", "book", "lamp", "kite", "drum", "boat", "hat", "coat", "cup", "bell", "key", "basket"},
@@ -210,7 +214,8 @@ def asked_fact(text):
 
 
 RECOMPUTED = {
-    "copy": operand, "spell": operand, "reverse": lambda q: operand(q)[::-1], "upper_case": lambda q: operand(q).upper(),
+    "copy": operand, "spell": operand,
+    "reverse": lambda q: operand(q)[::-1], "upper_case": lambda q: operand(q).upper(),
     "count_letter": lambda q: str(operand(q).count(re.search(r"(?:Count|times is) (\w) ", q)[1])),
     "sort_letters": lambda q: "".join(sorted(operand(q))),
     "first_last": lambda q: operand(q)[0 if "first" in q else -1],
@@ -228,7 +233,7 @@ RECOMPUTED = {
 
 @pytest.mark.parametrize("name", SKILLS)
 def test_answers_are_right(name):
-    """Recomputed by other code from the question; and what training says passes the checker, a wrong answer does not."""
+    """Recomputed by other code from the question. What training says passes the checker, a wrong answer does not."""
     rng = random.Random(0)
     for level in range(1, SKILLS[name].levels + 1):
         items = [draw(rng, name, split, level) for split in ("train", "test") for _ in range(60)]
@@ -309,8 +314,10 @@ def test_acorn_says_who_it_is(files):
     ("number", "92", ["92", " 92.", "The answer is 92.", "34 + 58 = 92", "<answer>92</answer>", "<think>9</think>092"],
      ["", "9", "2", "92 or 93", "-92", "9.2", "92.5", "ninety-two", "<think>92", "<think>92</think>"]),
     ("numbers", "2 4 9", ["2 4 9", "2, 4, 9.", "Sorted: 2 4 9"], ["2 4", "9 4 2", "249", "2 4 9 9", ""]),
-    ("letters", "o l i m", ["o l i m", "olim", "o-l-i-m.", ' "o l i m"'], ["o l m i", "O L I M", "o l i m o", "", "olim is it"]),
-    ("phrase", "Stonebay", ["Stonebay", "stonebay.", "Mia lives in Stonebay."], ["Stone", "Stonebay is far", "", "NotStonebay"]),
+    ("letters", "o l i m", ["o l i m", "olim", "o-l-i-m.", ' "o l i m"'],
+     ["o l m i", "O L I M", "o l i m o", "", "olim is it"]),
+    ("phrase", "Stonebay", ["Stonebay", "stonebay.", "Mia lives in Stonebay."],
+     ["Stone", "Stonebay is far", "", "NotStonebay"]),
     ("phrase", "water plants", ["water plants", "The swan eats water plants."], ["plants", "water", "plants water"]),
     ("yes_no", "yes", ["yes", "Yes.", "Mia lives in Elmton, so yes."], ["no", "", "yes no", "yesno", "No. Yes."]),
     ("yes_no", "no", ["No. The fox is red.", "no", "The fox is red, so no."], ["not", "Yes.", "No, yes."]),

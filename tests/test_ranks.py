@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
+from model.config import ModelConfig
 from trainer import train_pretrain
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -30,13 +31,19 @@ def launch(script, folder, flags, ranks, die_at=None):
     return [torch.load(folder / f"{ranks}-{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("script, dtype", [("train_pretrain", "float64"), ("train_full_sft", "float64"),
-                                           ("train_pretrain", "float32")])
-def test_two_ranks_equal_one(script, dtype, documents, chats, tmp_path):
+@pytest.mark.parametrize("script, dtype, size", [("train_pretrain", "float64", "moe"),
+                                                 ("train_full_sft", "float64", "1x32"),
+                                                 ("train_pretrain", "float32", "1x32")])
+def test_two_ranks_equal_one(script, dtype, size, documents, chats, tmp_path):
     """7 rows leave the second rank one short, micro-batches of 2 leave a last one of 1 row, and masks are ragged."""
     flags = {**FLAGS, "dtype": dtype}
     if script == "train_pretrain":
-        flags.update(data=str(documents), size="1x32", tokenizer="nano")
+        if size == "moe":
+            size = str(tmp_path / "moe.json")
+            Path(size).write_text(json.dumps(ModelConfig(
+                768, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2, num_shared_experts=1,
+                moe_intermediate_size=32, router="sigmoid", aux_loss_coef=0.01).to_hf()), encoding="utf-8")
+        flags.update(data=str(documents), size=size, tokenizer="nano")
     else:
         train_pretrain.main(train_pretrain.Config(**{**FLAGS, "max_steps": 1, "data": str(documents), "size": "1x32",
                                                      "tokenizer": "nano", "out": str(tmp_path / "base")}))

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -55,3 +56,18 @@ def test_the_reading_order_names_files_with_their_length():
     for name, lines in rows:
         count = len((ROOT / name).read_text(encoding="utf-8").splitlines())
         assert abs(count - int(lines)) <= 10, f"{name} has {count} lines, README says {lines}"
+
+
+def test_the_figures_are_those_of_a_committed_run():
+    from scripts.quickstart import skill_table, stage_table
+    figures = json.loads((ROOT / "scripts" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in (*stage_table(figures), *skill_table(figures), *figures["conversation"].splitlines()):
+        assert line in lines or f"    {line}".rstrip() in lines, line
+
+
+def test_the_plain_commands_are_those_of_the_quickstart():
+    from scripts.quickstart import Config
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"--vocab_size {Config.vocab_size} " in text
+    assert f"--max_steps {Config.pretrain_steps}" in text and f"--max_steps {Config.sft_steps}" in text

@@ -71,7 +71,8 @@ def test_every_skill_counts_the_same_and_levels_are_apart(monkeypatch, tokenizer
                 "checker": "number", "max_new_tokens": 4}
 
     items = [item("a", 1, f"a{i}") for i in range(8)] + [item("b", 1, "b1"), item("b", 2, "b2")]
-    play(monkeypatch, tokenizer, items, lambda item: "1" if item["messages"][0]["content"] in ("a0", "a1", "b2") else "2")
+    right = ("a0", "a1", "b2")
+    play(monkeypatch, tokenizer, items, lambda item: "1" if item["messages"][0]["content"] in right else "2")
     scores = skills.evaluate_skills(None, tokenizer, items)
     assert scores["skills"]["a"]["n"] == 8 and scores["skills"]["a"]["accuracy"] == 0.25
     assert scores["skills"]["b"]["levels"] == {1: 0.0, 2: 1.0}
@@ -81,7 +82,7 @@ def test_every_skill_counts_the_same_and_levels_are_apart(monkeypatch, tokenizer
 
 
 def test_wilson_interval_equals_the_hand_value():
-    """8 of 10: centre (0.8 + 0.19208) / 1.38416 = 0.71674, half-width 1.96 / 1.38416 · sqrt(0.016 + 0.009604) = 0.22658."""
+    """8 of 10: centre (0.8 + 0.19208) / 1.38416 = 0.71674, half 1.96 / 1.38416 · sqrt(0.016 + 0.009604) = 0.22658."""
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
     assert wilson(0, 20)[0] == 0 and wilson(20, 20)[1] == 1
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_model
+from model.config import ModelConfig
 from model.errors import UserError
 from trainer import runtime, state, train_full_sft, train_pretrain
 
@@ -84,6 +85,34 @@ def test_control_shuffled_labels_teach_nothing_about_held_out_text(documents, tm
     monkeypatch.setattr(train_pretrain, "compute_loss", shuffled)
     control = pretrain(documents, tmp_path / "control", max_steps=40, lr=1e-2)
     assert control["held_out"]["loss"] > real["held_out"]["loss"] + 0.5
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_a_mixture_of_experts_trains_balances_and_continues(router, documents, chats, tmp_path, monkeypatch):
+    config = ModelConfig(768, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2, router=router,
+                         moe_intermediate_size=32, num_shared_experts=int(router == "sigmoid"),
+                         aux_loss_coef=0.01 if router == "softmax" else 0.0)
+    (tmp_path / "moe.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
+    options = dict(size=str(tmp_path / "moe.json"), max_steps=6, save_every=2)
+    pretrain(documents, tmp_path / "base", **options)
+    log = runtime.Run.log
+
+    def die_after_step_3(self, step, *args):
+        log(self, step, *args)
+        if step == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runtime.Run, "log", die_after_step_3)
+        pretrain(documents, tmp_path / "cut", **options)
+    pretrain(documents, tmp_path / "cut", **options)
+    assert same(weights(tmp_path / "base"), weights(tmp_path / "cut"))
+    sft(chats, tmp_path / "base", tmp_path / "chat", max_steps=2)
+    for folder, steps in (("base", 6), ("chat", 8)):
+        biases = [value for name, value in weights(tmp_path / folder).items() if "correction_bias" in name]
+        assert bool(biases) == (router == "sigmoid")
+        for bias in biases:                         # each step moves every expert by 0.001 or leaves it
+            assert bias.any() and bias.abs().max() <= steps * 1e-3 + 1e-7
 
 
 # ------------------------------------------------------------------------------------------------- exactness

@@ -149,7 +149,8 @@ def test_at_far_positions_and_in_a_long_context():
 @pytest.mark.parametrize("s", [1, 2, 4, 16])
 @pytest.mark.parametrize("options", [
     {}, dict(attention_factor=1.5), dict(beta_fast=16.0, beta_slow=2.0), dict(mscale=0.8, mscale_all_dim=0.4),
-    dict(truncate=False), dict(L0=16), dict(L0=4)], ids=str)
+    dict(truncate=False), dict(L0=16), dict(L0=4), dict(L0=10**6), dict(L0=10**9)],
+    ids=str)
 def test_yarn_speeds_equal_transformers(base, d, s, options):
     options = dict(options)
     L0 = options.pop("L0", 2048)
@@ -326,6 +327,21 @@ def test_cached_with_left_padding(name):
               for a, b in [(0, 20), (20, 21), (21, 24)]]
     got = torch.cat(pieces, dim=1)
     torch.testing.assert_close(got[mask.bool()], whole[mask.bool()], atol=1e-5, rtol=0)
+
+
+@EVERY_KIND
+@torch.no_grad()
+def test_continuing_right_padded_rows(name):
+    """New tokens stand behind the padding of the shorter rows, at positions (and in a window) that do not count it."""
+    model, (ids, mask) = ours(name), ragged("right")
+    new = torch.randint(V, (len(ids), 4), generator=torch.Generator().manual_seed(3))
+    cache = KVCache(model.config, len(ids), T + 4, torch.device("cpu"), torch.float32)
+    model(ids, attention_mask=mask, cache=cache)
+    mask = torch.cat([mask, torch.ones(len(ids), 4, dtype=mask.dtype)], dim=1)
+    got = model(new, attention_mask=mask, cache=cache).logits
+    for row in range(len(ids)):
+        whole = torch.cat([ids[row, mask[row, :T].bool()], new[row]])[None]
+        torch.testing.assert_close(got[row], model(whole).logits[0, -4:], atol=1e-5, rtol=0)
 
 
 @EVERY_KIND

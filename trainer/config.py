@@ -21,10 +21,10 @@ class TrainConfig:
     out: str = arg("", "run folder: checkpoint, metrics.jsonl, resume state (default: out/<stage>)")
     overwrite: bool = arg(False, "start over in a run folder that already holds a run")
 
-    epochs: float = arg(1.0, "passes over the data")
+    epochs: float = arg(0.0, "passes over the data; 0 = one, or as many as fit into --max_minutes")
     max_steps: int = arg(0, "optimizer steps; 0 = as many as --epochs need")
-    max_minutes: float = arg(0.0, "wall-clock budget, set-up included: steps are cut to fit, measured once; 0 = none")
-    batch_size: int = arg(32, "sequences per optimizer step, over all ranks")
+    max_minutes: float = arg(0.0, "wall-clock budget, set-up included; how many steps fit is measured once; 0 = none")
+    batch_size: int = arg(8, "sequences per optimizer step, over all ranks: 8 suits nano, 64 and more larger models")
     micro_batch_size: int = arg(0, "sequences per forward pass on one rank; 0 = all of its share")
     max_len: int = arg(256, "tokens in a row; longer documents are cut, longer conversations lose old turns")
 
@@ -32,7 +32,7 @@ class TrainConfig:
     lr: float = arg(3e-3, "peak learning rate")
     schedule: str = arg("wsd", "after warm-up: wsd (flat, then down), cosine or constant",
                         choices=("wsd", "cosine", "constant"))
-    warmup_steps: int = arg(20, "steps of linear warm-up from 0")
+    warmup_steps: int = arg(40, "steps of linear warm-up from 0")
     weight_decay: float = arg(0.1, "decay of matrices (never of norm gains and biases)")
     grad_clip: float = arg(1.0, "largest gradient norm; 0 = no clipping")
 

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from model.moe import update_router_bias
+
 
 class Muon(Optimizer):
     """Momentum whose update is orthogonalised, for weight matrices (Jordan 2024, kellerjordan.github.io/posts/muon).
@@ -98,11 +100,15 @@ def lr_at(step, total_steps, cfg):
 
 
 def optimizer_step(model, optimizers, lr, grad_clip):
-    """Clip the gradient to norm `grad_clip`, update, clear. Returns the norm before clipping, a 0-d tensor."""
+    """Clip the gradient to norm `grad_clip`, update, clear; then balance the experts of a mixture that does it by bias.
+
+    Returns the norm before clipping, a 0-d tensor.
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    update_router_bias(model)
     return norm

@@ -26,6 +26,7 @@ from trainer import state
 from trainer.config import STARTED
 
 ROOT = Path(__file__).resolve().parents[1]
+MANY_EPOCHS = 1000        # a wall-clock budget alone decides how long to train
 TRIAL_STEPS = (3, 8)      # with a wall-clock budget, the steps after the 3rd up to the 8th are timed to fit the rest
 
 
@@ -56,7 +57,7 @@ class Run:
         self.total_steps = self.last_place = 0
         self.tokens, self.earlier_seconds, self.budget_fitted = 0, 0.0, False
         self.aside = 0.0                       # seconds spent on evaluation, samples and saving since the last log line
-        self.eval_seconds = 0.0
+        self.seconds_per_row = 0.0             # of a held-out evaluation
         self.sums, self.window_targets, self.window_tokens = {}, 0, 0
         self.window_start = self.step_start = time.perf_counter()
         self.trial = []
@@ -86,6 +87,7 @@ class Run:
 
     def wrap(self, model):
         """The module that the loss goes through: `model` itself, or DDP around it, which sums gradients over ranks."""
+        model.train()
         if self.cfg.compile:
             model.compile()                    # in place: names of parameters stay as they are
         if self.world_size == 1:
@@ -128,9 +130,10 @@ class Run:
     def plan(self, model, train, val, tokenizer):
         """Fix how many steps there are, say what will be trained on what, and stop here in a dry run."""
         cfg, rows = self.cfg, len(train)
-        self.last_place = cfg.max_steps * cfg.batch_size if cfg.max_steps else math.ceil(cfg.epochs * rows)
+        epochs = cfg.epochs or (MANY_EPOCHS if cfg.max_minutes else 1)
+        self.last_place = cfg.max_steps * cfg.batch_size if cfg.max_steps else math.ceil(epochs * rows)
         self.total_steps = -(-self.last_place // cfg.batch_size)
-        self.train_rows = rows
+        self.train_rows, self.val_rows = rows, len(val)
         total, active = count_parameters(model)
         config = model.config
         # forward and backward cost 6 FLOPs per parameter and token, attention 12 · layers · width · T / 2 (causal)
@@ -145,8 +148,9 @@ class Run:
                    f"{cfg.max_len}, {report['padding']:.1%} padding; {len(val):,} rows held out")
         self.print(f"  device  {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.world_size} rank(s), "
                    f"matrix products at {self.peak / 1e9:,.0f} GFLOP/s")
-        self.print(f"  plan    {self.total_steps:,} steps of {cfg.batch_size} rows"
-                   + (f", cut to fit {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""))
+        steps = "as many" if epochs == MANY_EPOCHS and not cfg.max_steps else f"{self.total_steps:,}"
+        self.print(f"  plan    {steps} steps of {cfg.batch_size} rows"
+                   + (f" as fit into {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""))
         if cfg.dry_run:
             self.print(show_row(train[0], tokenizer))
             raise SystemExit(0)
@@ -196,16 +200,16 @@ class Run:
         self.trial.append(time.perf_counter() - self.step_start)
         if step < last:
             return
-        evaluations = 1 + (self.total_steps // self.cfg.eval_every if self.cfg.eval_every else 0)
-        left = self.cfg.max_minutes * 60 - self.seconds() - self.eval_seconds * min(evaluations, 20)
         seconds = sorted(self.trial)[len(self.trial) // 2]
+        if self.cfg.eval_every:
+            seconds += self.seconds_per_row * min(self.cfg.eval_rows, self.val_rows) / self.cfg.eval_every
+        left = self.cfg.max_minutes * 60 - self.seconds() - self.seconds_per_row * self.val_rows
         steps = min(self.total_steps, step + max(int(left / seconds), 0))
         if self.world_size > 1:
             decided = torch.tensor(steps)
             dist.broadcast(decided, 0, group=self.control)
             steps = int(decided)
-        if steps < self.total_steps:
-            self.print(f"  {seconds:.2f} s a step: {steps:,} steps fit into {self.cfg.max_minutes:g} minutes")
+        self.print(f"  {seconds:.2f} s a step: {steps:,} steps in {self.cfg.max_minutes:g} minutes")
         self.total_steps, self.budget_fitted = steps, True
 
     def end_of_step(self, step):
@@ -246,10 +250,14 @@ class Run:
             raise UserError(f"step {step}: the gradient is not finite; lower --lr or --grad_clip, or raise "
                             "--warmup_steps, and start again: it continues from the last saved step")
         self.record(self.metrics)
-        bpb = f"  bpb {self.held_out['bits_per_byte']:.3f}" if self.held_out else ""
-        self.print(f"step {step:>6,}/{self.total_steps:,}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-                   + f"{bpb}  lr {lr:.1e}  |g| {float(grad_norm):.2f}  {speed:,.0f} tok/s  mfu "
-                     f"{self.metrics['mfu']:.0%}  {self.metrics['memory_gb']:.1f} GB  eta {clock(left)}")
+        known = self.budget_fitted or not self.cfg.max_minutes       # else the number of steps is still to be measured
+        parts = [f"step {step:>6,}/{self.total_steps if known else '?'}", *(f"{k} {v:.4f}" for k, v in means.items())]
+        if self.held_out:
+            parts.append(f"bpb {self.held_out['bits_per_byte']:.3f}")
+        parts += [f"lr {lr:.1e}", f"|g| {float(grad_norm):.2f}", f"{speed:,.0f} tok/s",
+                  f"mfu {self.metrics['mfu']:.0%}", f"{self.metrics['memory_gb']:.1f} GB",
+                  f"eta {clock(left) if known else '?'}"]
+        self.print("  ".join(parts))
         self.sums, self.window_targets, self.window_tokens = {}, 0, 0
         self.window_start, self.aside = time.perf_counter(), 0.0
 
@@ -270,8 +278,9 @@ class Run:
         interval = scores["bits_per_byte_interval"]
         self.print(f"{'':>4}held out after step {step:,}: loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} "
                    f"bits per byte [{interval[0]:.3f}, {interval[1]:.3f}]")
-        self.eval_seconds = time.perf_counter() - start
-        self.aside += self.eval_seconds
+        seconds = time.perf_counter() - start
+        self.seconds_per_row = seconds / min(rows or len(val), len(val))
+        self.aside += seconds
         return scores
 
     def sample(self, text):

@@ -28,7 +28,7 @@ def numbers(text, expected):
 
 
 def letters(text, expected):
-    """The same letters in the same order and case; spaces, commas, hyphens, quotes and a final full stop do not count."""
+    """The same letters in the same order and case; spaces, commas, hyphens, quotes and full stops do not count."""
     def bare(s):
         return re.sub(r"""[\s,\-"'.]""", "", s)
     return bare(text) == bare(expected)
@@ -48,7 +48,7 @@ def yes_no(text, expected):
 
 
 def tool_call(text, expected):
-    """Exactly one <tool_call>{json}</tool_call> with the expected name and arguments; blanks inside strings do not count."""
+    """Exactly one <tool_call>{json}</tool_call> with the expected name and arguments, spaces in strings aside."""
     def plain(value):
         if isinstance(value, dict):
             return {name: plain(inner) for name, inner in value.items()}

@@ -2,8 +2,9 @@
 
     python dataset/builtin/generate.py --kind pretrain --out pretrain.jsonl --seed 0 --size 20000
 
-A kind is a function `rows(rng, size)` that yields records, registered in KINDS with its usual size; a new stage adds its
-kind there. `ensure(kind)` is what the training scripts call: it writes the file once, at its usual size, under out/builtin.
+A kind is a function `rows(rng, size)` that yields records, registered in KINDS with its usual size; a new stage adds
+its kind there. `ensure(kind)` is what the training scripts call: it writes the file once, at its usual size, under
+out/builtin.
 """
 
 import argparse
@@ -18,7 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])     # the project root, not dataset/builtin
 
 from dataset.builtin import stories
-from dataset.builtin.skills import SKILLS, draw, draw_all
+from dataset.builtin.skills import SKILLS, draw, draw_all, reading
 from model.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -33,8 +34,8 @@ def draw_any(rng, split="train"):
 
 def pretrain(rng, size):
     """Documents: stories, facts, conversations, and above all drills: questions with their answers, line by line."""
-    kinds = {drill: 60, stories.story: 12, stories.life: 12, stories.guide: 5, stories.list_of_facts: 5, talk: 3,
-             stories.counting: 3}
+    kinds = {drill: 60, reading: 6, stories.story: 10, stories.life: 12, stories.guide: 5, stories.list_of_facts: 5,
+             talk: 3, stories.counting: 3}
     for kind in rng.choices(list(kinds), kinds.values(), k=size):
         yield {"text": kind(rng)}
 
@@ -42,7 +43,8 @@ def pretrain(rng, size):
 def drill(rng):
     """Eight exercises of any skill, each with its answer on the next line, which is where a chat has it too."""
     items = [draw_any(rng) for _ in range(8)]
-    return "\n\n".join(f"{item.question}\n{item.answer if item.checker == 'tool_call' else item.reply}" for item in items)
+    answers = [item.answer if item.checker == "tool_call" else item.reply for item in items]
+    return "\n\n".join(f"{item.question}\n{answer}" for item, answer in zip(items, answers, strict=True))
 
 
 def talk(rng):
@@ -53,7 +55,7 @@ def talk(rng):
 def sft(rng, size):
     """Conversations: exercises, one to three of them in a row, and small talk."""
     for _ in range(size):
-        if rng.random() < 0.12:
+        if rng.random() < 0.14:
             messages = stories.conversation(rng)
         else:
             messages = [message for _ in range(rng.randint(1, 3)) for message in draw_any(rng).conversation()]
@@ -69,8 +71,8 @@ def exercises(rng, size, split):
 
 
 KINDS = {                                                       # kind: (its rows, its usual size)
-    "pretrain": (pretrain, 16000),
-    "sft": (sft, 24000),
+    "pretrain": (pretrain, 26000),
+    "sft": (sft, 32000),
     "prompts": (lambda rng, size: exercises(rng, size, "train"), 500),
     "skills_val": (lambda rng, size: exercises(rng, size, "val"), 40),
     "skills_test": (lambda rng, size: exercises(rng, size, "test"), 100),

@@ -1,10 +1,10 @@
 """The skills: exercises without end whose answers are known, each in several difficulties.
 
-A skill is one function `make(rng, level) -> Task` that draws an exercise; levels count from 1, the easiest. `draw` turns
-a task into an `Item`: a question in words, the expected answer and the name of its checker. The task's key, not its
-wording, decides the split (`world.split_of`): 8 + 5 and 5 + 8 share a key, and so do both spellings of a word, so a
-held-out exercise is in no training record in any wording. `draw(rng, skill, "train")` is also how prompts for
-reinforcement learning are made: drawn at the level that a policy solves sometimes, but not always.
+A skill is one function `make(rng, level) -> Task` that draws an exercise; levels count from 1, the easiest. `draw`
+turns a task into an `Item`: a question in words, the expected answer and the name of its checker. The task's key, not
+its wording, decides the split (`world.split_of`): 8 + 5 and 5 + 8 share a key, and so do both spellings of a word, so
+a held-out exercise is in no training record in any wording. `draw(rng, skill, "train", level)` is also how prompts for
+reinforcement learning are made: at the level that a policy solves sometimes, but not always.
 
 To add a skill, write a function below and register it; every kind of file, the tests and eval/skills.py then know it.
 """
@@ -95,8 +95,8 @@ def draw_all(rng, skill_name, split, size):
     return [item for items in in_turn for item in items if item is not None]
 
 
-# --- words and letters: level 1 shows a word letter by letter ("m i l o"), so that a tokenizer with few merges gives the
-# model one token per letter; level 2 shows the word whole, and the model has to know how its pieces are spelled
+# --- words and letters: level 1 shows a word letter by letter ("m i l o"), which a tokenizer that keeps a space and a
+# letter as one token makes easy; level 2 shows the word whole, and the model has to know how its tokens are spelled
 
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 UNFORTUNATE = ("fag", "cum", "rap", "sex", "kil", "tit", "pis", "fuc", "fuk", "naz", "dik", "dic", "coc", "kok", "hom",
@@ -258,7 +258,8 @@ def subtract_two_digits(rng, level):
             return Task(f"sub:{a},{b}", {"a": a, "b": b}, str(a - b))
 
 
-@skill("number", ("Which is {more}, {a} or {b}?", "The {more} number: {a} or {b}"), levels=3, weight=0.6, max_new_tokens=8)
+@skill("number", ("Which is {more}, {a} or {b}?", "The {more} number: {a} or {b}"), levels=3, weight=0.6,
+       max_new_tokens=8)
 def compare(rng, level):
     """Numbers of one, two and three digits."""
     while True:
@@ -279,7 +280,7 @@ def sort_numbers(rng, level):
 
 @skill("number", ("What comes next: {shown}", "Continue: {shown}"), levels=2, weight=1.3, max_new_tokens=8)
 def next_number(rng, level):
-    """Four numbers at equal steps, up (level 1) or up or down (level 2); steps of one are left to `stories.counting`."""
+    """Four numbers at equal steps, up (level 1) or also down (level 2); `stories.counting` has the steps of one."""
     step, start = rng.randint(2, 6), rng.randint(0, 40)
     values = [start + i * step for i in range(5)]
     if level == 2 and rng.random() < 0.5:
@@ -301,7 +302,7 @@ def word_problem(rng, level):
     """Level 1: gains of single digits. Level 2: losses of single digits. Level 3: one number has two digits."""
     gain = level == 1 or (level == 3 and rng.random() < 0.5)
     a = rng.randint(2, 9) if level < 3 else rng.randint(10, 40)
-    b = rng.randint(1, 9 if gain or level == 3 else a)
+    b = rng.randint(2, 9) if gain else rng.randint(1, a if level == 2 else 9)
     who, other = rng.sample(PEOPLE, 2)
     story = rng.choice(GAINS if gain else LOSSES).format(who=who, other=other, a=a, b=b, things=rng.choice(COUNTABLE))
     return Task(addition(a, b) if gain else f"sub:{a},{b}", {}, str(a + b if gain else a - b),
@@ -314,13 +315,14 @@ OPERATIONS = {"+": "plus", "-": "minus", "*": "times"}
 @skill("tool_call", ("Use the calculator: {shown}", "Calculate {shown} with the calculator."), levels=2, weight=0.7,
        max_new_tokens=48)
 def calculator(rng, level):
-    """A sum too large for the head, in signs (level 1) or in words (level 2): the right call of the tool is the answer."""
+    """A sum too large for the head, in signs (level 1) or words (level 2): the answer is the right call of the tool."""
     a, b = rng.randint(100, 999), rng.randint(10, 999)
     sign = rng.choice(tuple(OPERATIONS))
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     shown = f"{a} {sign} {b}" if level == 1 else f"{a} {OPERATIONS[sign]} {b}"
     call = {"name": "calculator", "arguments": {"expression": f"{a}{sign}{b}"}}
-    return Task(f"calculate:{a}{sign}{b}", {"shown": shown}, json.dumps(call), reply=str(result))
+    operands = (a, b) if sign == "-" else sorted((a, b))
+    return Task(f"calculate:{sign}{operands}", {"shown": shown}, json.dumps(call), reply=str(result))
 
 
 # --- the world: the facts stand in the pretraining text, the held-out ones are asked about in no training record
@@ -343,15 +345,42 @@ def yes_no(rng, level):
     return Task(known.key, {}, answer, reply=f"{known.statement[:-1]}, so {answer}.", wordings=(question,))
 
 
-READINGS = ("The {thing} of {x} is {cx}. The {thing} of {y} is {cy}. Which colour is the {thing} of {who}?",
-            "The {thing} of {x} is {cx}. The {thing} of {y} is {cy}. Who has the {cw} {thing}?")
+# --- reading: the answer stands in the question
+
+THING_TOLD = "The {thing} of {who} is {colour}."
+THING_ASKED = ("Which colour is the {thing} of {who}?", "Who has the {colour} {thing}?",
+               "Is the {thing} of {who} {other}?")
 
 
-@skill("phrase", levels=2, weight=1.2)
+def asked_about(rng, owners, thing, level):
+    """(question, answer, reply) about one of the owners {person: colour}: 1 the colour, 2 the owner, 3 yes or no."""
+    who = rng.choice(list(owners))
+    other = owners[who] if rng.random() < 0.5 else rng.choice([c for c in owners.values() if c != owners[who]])
+    question = THING_ASKED[level - 1].format(thing=thing, who=who, colour=owners[who], other=other)
+    answer = (owners[who], who, "yes" if other == owners[who] else "no")[level - 1]
+    told = THING_TOLD.format(thing=thing, who=who, colour=owners[who])
+    return question, answer, f"{told[:-1]}, so {answer}." if level == 3 else answer
+
+
+def owners_of(rng, count):
+    return dict(zip(rng.sample(PEOPLE, count), rng.sample(COLOURS, count), strict=True))
+
+
+def told_of(owners, thing):
+    return " ".join(THING_TOLD.format(thing=thing, who=who, colour=colour) for who, colour in owners.items())
+
+
+@skill("phrase", levels=3, weight=2.0, max_new_tokens=32)
 def read(rng, level):
-    """The answer stands in the question. Level 1 asks for the colour of a thing, level 2 for its owner."""
-    (x, y), (cx, cy), thing = rng.sample(PEOPLE, 2), rng.sample(COLOURS, 2), rng.choice(THINGS)
-    who, cw = rng.choice(((x, cx), (y, cy)))
-    text = READINGS[level - 1].format(x=x, y=y, cx=cx, cy=cy, thing=thing, who=who, cw=cw)
-    key = f"read:{level}:{thing}:" + ",".join(sorted((f"{x}-{cx}", f"{y}-{cy}")))
-    return Task(key, {}, cw if level == 1 else who, wordings=(text,))
+    """Two people and their things. Level 1 asks for a colour, level 2 for the owner, level 3 whether it is so."""
+    owners, thing = owners_of(rng, 2), rng.choice(THINGS)
+    question, answer, reply = asked_about(rng, owners, thing, level)
+    key = f"read:{thing}:" + ",".join(sorted(f"{who}-{colour}" for who, colour in owners.items()))
+    return Task(key, {}, answer, reply, wordings=(f"{told_of(owners, thing)} {question}",))
+
+
+def reading(rng):
+    """A document for pretraining: three people, their things, and several questions about the one passage."""
+    owners, thing = owners_of(rng, 3), rng.choice(THINGS)
+    pairs = (asked_about(rng, owners, thing, rng.randint(1, 3)) for _ in range(4))
+    return told_of(owners, thing) + "".join(f"\n\n{question}\n{reply}" for question, _, reply in pairs)

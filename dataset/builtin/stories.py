@@ -1,19 +1,19 @@
 """Fluent text about the world: life stories, small stories, guides to towns and animals, and easy conversation.
 
-Stories agree with the facts: people live in their towns, eat what they like and meet their friends, so that a fact is met
-in many contexts. In the text of `conversation` (what fine-tuning sees) only facts of the train split are told.
+Stories agree with the facts: people live in their towns, eat what they like and meet their friends, so that a fact is
+met in many contexts.
 """
 
-from dataset.builtin.world import (ANIMALS, BOYS, COLOURS, FACTS, PEOPLE, THINGS, TOWNS, pronoun, split_of,
-                                   value_of)
+from dataset.builtin.world import ANIMALS, BOYS, COLOURS, FACTS, PEOPLE, THINGS, TOWNS, pronoun, value_of
 
 TIMES = ("One day", "One morning", "One evening", "On a sunny day", "On a rainy day", "In the winter", "In the spring",
          "Last summer", "Early in the morning", "After lunch")
-FEELINGS = ("happy", "proud", "glad", "calm", "full of joy")
+FEELINGS = ("happy", "glad", "pleased", "delighted")
 TROUBLES = ("sad", "tired", "worried", "lost", "cold", "hungry")
 ADJECTIVES = ("little", "big", "old", "new", "pretty", "funny", "small", "shiny")
-ENDINGS = ("It was a good day.", "They laughed all the way home.", "That night {a} slept well.", "And they were friends.",
-           "{a} never forgot that day.", "The next day they met again.", "Everyone was {glad}.", "{a} was very {glad}.")
+ENDINGS = ("It was a good day.", "They laughed all the way home.", "That night {a} slept well.",
+           "And they were friends.", "{a} never forgot that day.", "The next day they met again.",
+           "So everyone was {glad}.", "{a} was {glad}.")
 
 
 def article(word):
@@ -55,14 +55,14 @@ PLOTS = (
      ('"Do you want some {diet}?" asked {a}.', "{a} knew that the {animal} eats {diet}."),
      ("So {he} gave it some, and the {animal} was {glad}.", "The {animal} ate and went back to the {place}."),),
     (("{a} was hungry and wanted to eat {food}.", "{a} likes to eat {food}, but there was nothing left at home."),
-     ('"I only have {other_food}," said {b}.', "{b} had {other_food} and {she} gave {n} pieces to {a}."),
+     ('"I only have {other_food}," said {b}.', "{b} had {other_food} and {she} gave some to {a}."),
      ("They sat down and ate together.", "They shared everything and talked for a long time."),
      ('"Next time we eat {food}," said {a}.', '"You are a good friend," said {a}.'),),
-    (("The {pet} of {a} ran away.", "But the {pet} was not at home."),
+    (("The {pet} of {a} ran away.", "But then the {pet} was gone."),
      ("{a} and {b} looked for it in {town}.", "{He} looked behind the house, but it was not there.",
       '"Did you see my {pet}?" asked {a}.'),
      ("At last they found the {pet} near the {thing} of {b}.", "{b} heard it behind {an_thing}.",
-      "The {pet} was asleep in {an_thing}."),
+      "The {pet} was asleep behind {an_thing}."),
      ("The {pet} was {glad} to see {a}.", "{a} gave the {pet} some {food}."),),
     (("{b} wanted to learn what a {job} does.", "{b} asked {a} for help."),
      ('"I am a {job}," said {a}. "I can show you."', "{a} took {an_thing} and began to work."),
@@ -70,7 +70,7 @@ PLOTS = (
      ("But {she} tried again, and then it was right.", '"Well done," said {a}.'),),
     (("{He} had {an_thing}, and it was {colour}.", "{a} made {an_thing} for {b} and painted it {colour}."),
      ("But then it fell and broke.", "The wind took the {thing} and it was gone."),
-     ('"Do not be {sad}," said {b}. "We can make a new one."', "{b} saw that {a} was {sad}."),
+     ('"Do not be sad," said {b}. "We can make a new one."', "{b} saw that {a} was {sad}."),
      ("They worked for {n} hours, and the new {thing} was even better.", "Together they made {n} new ones."),),
     (("They wanted to see the {animal} that lives in the {place}.", "{a} told {b} about a {look} {animal}."),
      ("They walked for {n} hours.", "The way to the {place} was long."),
@@ -111,7 +111,7 @@ def counting(rng):
 def tell_all(rng, known):
     known = list(known)
     rng.shuffle(known)
-    between = rng.choice(("\n", "\n", " "))            # a line of its own, as in the answer to a question, or running text
+    between = rng.choice(("\n", "\n", " "))            # each on a line of its own, as an answer is, or running text
     return between.join(fact.told(rng.choice((0, 0, *range(1, len(fact.relation.told))))) for fact in known)
 
 
@@ -119,7 +119,7 @@ def tell_all(rng, known):
 
 NAME_ANSWER = "I am Acorn, a small language model that learned everything on your computer."
 SMALL_TALK = (
-    (("Who are you?", "What is your name?", "Tell me about yourself.", "What are you?", "who are you", "Introduce yourself."),
+    (("Who are you?", "What is your name?", "Tell me about yourself.", "What are you?", "Introduce yourself."),
      (NAME_ANSWER,)),
     (("Who made you?", "Where do you come from?", "How did you learn?", "Where did you learn all this?"),
      ("I am Acorn. I was trained from nothing on this computer.",)),
@@ -135,6 +135,8 @@ SMALL_TALK = (
     (("Goodbye!", "Bye!", "See you!", "Good night!"), ("Goodbye! Come back soon.",)),
 )
 STORY_REQUESTS = ("Tell me a story.", "Please tell me a short story.", "Can you tell me a story?", "A story, please!")
+UNKNOWN = ("What is the capital of France?", "What is the weather today?", "Who won the game?", "What time is it?",
+           "Who is the president?", "What is the meaning of life?", "Can you write a poem?", "How far is the moon?")
 STRANGERS = ("Zork", "Bella", "Viktor", "Quentin", "Hilda", "Yann", "Greta", "Wilbur", "Dora", "Igor")
 
 
@@ -142,29 +144,42 @@ def conversation(rng):
     """One or a few turns of talk, a list of messages."""
     messages = []
     while not messages or rng.random() < 0.5:
-        kind = rng.random()
-        if kind < 0.6:
-            asked, answered = rng.choice(SMALL_TALK)
-            question, answer = rng.choice(asked), rng.choice(answered)
-        elif kind < 0.8:
-            question, answer = rng.choice(STORY_REQUESTS), chat_story(rng)
-        elif kind < 0.9:
-            person = rng.choice(STRANGERS)
-            question = rng.choice((f"Who is {person}?", f"Where does {person} live?", f"What does {person} like to eat?"))
-            answer = f"I do not know {person}."
-        else:
-            subject = rng.choice([fact for fact in FACTS if split_of(fact.key) == "train"]).subject
-            known = [fact for fact in FACTS if fact.subject == subject and split_of(fact.key) == "train"]
-            question = f"Tell me about {subject}."
-            answer = " ".join(fact.statement for fact in rng.sample(known, min(2, len(known))))
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        kind = rng.choices((small_talk, tell_story, stranger, about, remember), (50, 15, 10, 20, 5))[0]
+        for speaker, said in zip(("user", "assistant") * 2, kind(rng), strict=False):
+            messages.append({"role": speaker, "content": said})
     return messages
 
 
-def chat_story(rng):
-    """A story that tells no held-out fact."""
-    hidden = [fact for fact in FACTS if split_of(fact.key) != "train"]
-    while True:
-        text = story(rng)
-        if not any(fact.subject in text and fact.value in text for fact in hidden):
-            return text
+def small_talk(rng):
+    asked, answered = rng.choice(SMALL_TALK)
+    question = rng.choice(asked)
+    if rng.random() < 0.2:                             # as people type
+        question = question.lower().rstrip("?!.")
+    return question, rng.choice(answered)
+
+
+def tell_story(rng):
+    return rng.choice(STORY_REQUESTS), story(rng)
+
+
+def stranger(rng):
+    """What lies outside of the little world."""
+    if rng.random() < 0.4:
+        return rng.choice(UNKNOWN), "I do not know that. I only know my little world."
+    person = rng.choice(STRANGERS)
+    question = rng.choice(("Who is {}?", "Where does {} live?", "What does {} like to eat?")).format(person)
+    return question, f"I do not know {person}."
+
+
+def about(rng):
+    """Facts about somebody, some place or some animal; held-out ones too, since nobody has asked for them."""
+    subject = rng.choice([fact.subject for fact in FACTS])
+    known = [fact for fact in FACTS if fact.subject == subject]
+    named = f"the {subject}" if subject in ANIMALS else subject
+    return f"Tell me about {named}.", " ".join(fact.statement for fact in rng.sample(known, min(3, len(known))))
+
+
+def remember(rng):
+    """Two exchanges: what was said before is still known."""
+    name = rng.choice(PEOPLE + STRANGERS)
+    return f"My name is {name}.", f"Nice to meet you, {name}!", "What is my name?", f"Your name is {name}."

@@ -5,8 +5,8 @@ that a model can learn them and a question about them has one right answer. A fa
 relation holds the wordings: how it is told, asked, answered, and asked with yes or no.
 
 `split_of(key)` is the one rule that keeps exercises apart: the hash of an item's key decides whether it belongs to
-train, val or test, whatever the seed and whichever file is written. A fact whose key falls outside train is told in
-the pretraining text, but no training record asks about it or answers with it.
+train, val or test, whatever the seed and whichever file is written. A fact whose key falls outside train is told (in
+the pretraining text, and when somebody says "Tell me about Mia."), but no training record asks for it.
 """
 
 import hashlib
@@ -89,13 +89,15 @@ PERSON_RELATIONS = (
              ("Where does {s} live?", "In which town does {s} live?"), "Does {s} live in {v}?"),
     Relation("food", ("{s} likes to eat {v}.", "The favourite food of {s} is {v}.", "Every day {s} eats {v}."),
              ("What does {s} like to eat?", "Which food does {s} like?"), "Does {s} like to eat {v}?"),
-    Relation("colour", ("{s} likes the colour {v}.", "The favourite colour of {s} is {v}.", "All things that {s} owns are {v}."),
+    Relation("colour",
+             ("{s} likes the colour {v}.", "The favourite colour of {s} is {v}.", "{s} loves all things that are {v}."),
              ("Which colour does {s} like?", "What is the favourite colour of {s}?"), "Does {s} like the colour {v}?"),
     Relation("job", ("{s} works as a {v}.", "The job of {s} is to be a {v}.", "Everyone knows that {s} is a {v}."),
              ("What does {s} work as?", "What is the job of {s}?"), "Does {s} work as a {v}?"),
     Relation("pet", ("{s} has a pet {v}.", "The pet of {s} is a {v}.", "At home {s} keeps a {v}."),
              ("Which pet does {s} have?", "What animal does {s} have?"), "Does {s} have a pet {v}?"),
-    Relation("friend", ("The best friend of {s} is {v}.", "{s} often plays with {v}.", "{s} is the best friend of {v}."),
+    Relation("friend",
+             ("The best friend of {s} is {v}.", "{s} often plays with {v}.", "{s} is the best friend of {v}."),
              ("Who is the best friend of {s}?", "Who is the friend of {s}?"), "Is the best friend of {s} {v}?"),
 )
 ANIMAL_RELATIONS = (
