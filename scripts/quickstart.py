@@ -33,8 +33,8 @@ class Config:
     out: str = arg("out", "folder for the checkpoints and the report")
     vocab_size: int = arg(1024, "entries of the tokenizer")
     size: str = arg("nano", "size of the model")
-    pretrain_steps: int = arg(250, "optimizer steps of pretraining")
-    sft_steps: int = arg(160, "optimizer steps of fine-tuning")
+    pretrain_steps: int = arg(1150, "optimizer steps of pretraining")
+    sft_steps: int = arg(800, "optimizer steps of fine-tuning")
     max_minutes: float = arg(6.0, "cap for each of the two training stages")
     eval_items: int = arg(0, "held-out items of every skill; 0 = all")
 

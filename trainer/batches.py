@@ -28,16 +28,20 @@ def share_of_rank(data, rows, rank, world_size, micro_batch_size):
     """The micro-batches of one rank: dicts of tensors (b, T).
 
     Every rank gets the same number of micro-batches, because each backward pass meets the other ranks: a rank that is
-    short of rows repeats its first with an empty loss mask.
+    short of rows takes one that is all padding. Where a micro-batch holds padding, "attention_mask" (b, T) says so.
     """
     shares = -(-len(rows) // world_size)                                   # rows of the best-served rank
     size = min(micro_batch_size or shares, shares)
     mine = [data[row] for row in rows[rank::world_size]]
     if len(mine) < shares:
-        filler = dict(data[rows[0]])
-        filler["loss_mask"] = np.zeros_like(filler["loss_mask"])
-        mine.append(filler)
-    return [collate(mine[i:i + size]) for i in range(0, shares, size)]
+        mine.append({**data[rows[0]], "loss_mask": np.zeros_like(data[rows[0]]["loss_mask"]),
+                     "segment_ids": np.zeros_like(data[rows[0]]["segment_ids"])})
+    micro_batches = [collate(mine[i:i + size]) for i in range(0, shares, size)]
+    for batch in micro_batches:
+        real = batch["segment_ids"] > 0
+        if not real.all():
+            batch["attention_mask"] = real
+    return micro_batches
 
 
 def batches(data, cfg, run, start):

@@ -55,7 +55,7 @@ from trainer.optim import build_optimizers, lr_at, optimizer_step
 def compute_loss(model, batch, cfg, aux_coef):
     """Summed loss over the targets of a micro-batch of rows (B, T), and its parts for the log."""
     packing = (batch["segment_ids"], batch["positions"]) if cfg.isolate else (None, None)
-    logprobs, aux = token_logprobs(model, batch["input_ids"], None, *packing)          # (B, T), (B,)
+    logprobs, aux = token_logprobs(model, batch["input_ids"], batch.get("attention_mask"), *packing)   # (B, T), (B,)
     loss = next_token_loss(logprobs, batch["loss_mask"])
     balance = balance_loss(aux, batch["loss_mask"])
     return loss + aux_coef * balance, {"loss": loss}

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])     # the project root, not dataset/builtin
 
 from dataset.builtin import stories
-from dataset.builtin.skills import SKILLS, draw, draw_all, reading
+from dataset.builtin.skills import SKILLS, draw, draw_all, quiz, reading
 from model.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,8 +34,8 @@ def draw_any(rng, split="train"):
 
 def pretrain(rng, size):
     """Documents: stories, facts, conversations, and above all drills: questions with their answers, line by line."""
-    kinds = {drill: 60, reading: 6, stories.story: 10, stories.life: 12, stories.guide: 5, stories.list_of_facts: 5,
-             talk: 3, stories.counting: 3}
+    kinds = {drill: 58, quiz: 6, reading: 6, stories.story: 10, stories.life: 9, stories.guide: 4,
+             stories.list_of_facts: 4, talk: 3, stories.counting: 3}
     for kind in rng.choices(list(kinds), kinds.values(), k=size):
         yield {"text": kind(rng)}
 

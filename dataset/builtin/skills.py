@@ -334,15 +334,28 @@ def fact(rng, level):
                 wordings=tuple(question.format(s=known.subject) for question in known.relation.asked))
 
 
-@skill("yes_no", weight=1.5, max_new_tokens=32)
+@skill("yes_no", weight=2.0, max_new_tokens=32)
 def yes_no(rng, level):
     """The reply recalls the fact first: what stands before the answer is a thought that the answer can build on."""
     known = rng.choice(FACTS)
+    question, answer, reply = is_it_so(rng, known)
+    return Task(known.key, {}, answer, reply, wordings=(question,))
+
+
+def is_it_so(rng, known):
+    """(question, answer, reply): whether a fact has the right value (half of the time) or a wrong one."""
     wrong = [value for value in VALUES[known.relation.name] if value not in (known.value, known.subject)]
-    yes = rng.random() < 0.5
-    question = known.relation.yes_no.format(s=known.subject, v=known.value if yes else rng.choice(wrong))
-    answer = "yes" if yes else "no"
-    return Task(known.key, {}, answer, reply=f"{known.statement[:-1]}, so {answer}.", wordings=(question,))
+    answer = rng.choice(("yes", "no"))
+    question = known.relation.yes_no.format(s=known.subject, v=known.value if answer == "yes" else rng.choice(wrong))
+    return question, answer, f"{known.statement[:-1]}, so {answer}."
+
+
+def quiz(rng):
+    """A document for pretraining: yes or no about all that may be asked of one subject."""
+    subject = rng.choice(FACTS).subject
+    pairs = [is_it_so(rng, known) for known in FACTS if known.subject == subject and split_of(known.key) == "train"]
+    rng.shuffle(pairs)
+    return "\n\n".join(f"{question}\n{reply}" for question, _, reply in pairs) or quiz(rng)
 
 
 # --- reading: the answer stands in the question
@@ -352,14 +365,14 @@ THING_ASKED = ("Which colour is the {thing} of {who}?", "Who has the {colour} {t
                "Is the {thing} of {who} {other}?")
 
 
-def asked_about(rng, owners, thing, level):
+def asked_about(rng, owners, thing, who, level):
     """(question, answer, reply) about one of the owners {person: colour}: 1 the colour, 2 the owner, 3 yes or no."""
-    who = rng.choice(list(owners))
-    other = owners[who] if rng.random() < 0.5 else rng.choice([c for c in owners.values() if c != owners[who]])
-    question = THING_ASKED[level - 1].format(thing=thing, who=who, colour=owners[who], other=other)
-    answer = (owners[who], who, "yes" if other == owners[who] else "no")[level - 1]
-    told = THING_TOLD.format(thing=thing, who=who, colour=owners[who])
-    return question, answer, f"{told[:-1]}, so {answer}." if level == 3 else answer
+    colour = owners[who]
+    other = colour if rng.random() < 0.5 else rng.choice([c for c in owners.values() if c != colour])
+    question = THING_ASKED[level - 1].format(thing=thing, who=who, colour=colour, other=other)
+    answer = (colour, who, "yes" if other == colour else "no")[level - 1]
+    told = THING_TOLD.format(thing=thing, who=who, colour=colour)
+    return question, answer, (told, f"{who}.", f"{told[:-1]}, so {answer}.")[level - 1]
 
 
 def owners_of(rng, count):
@@ -374,13 +387,14 @@ def told_of(owners, thing):
 def read(rng, level):
     """Two people and their things. Level 1 asks for a colour, level 2 for the owner, level 3 whether it is so."""
     owners, thing = owners_of(rng, 2), rng.choice(THINGS)
-    question, answer, reply = asked_about(rng, owners, thing, level)
+    question, answer, reply = asked_about(rng, owners, thing, rng.choice(list(owners)), level)
     key = f"read:{thing}:" + ",".join(sorted(f"{who}-{colour}" for who, colour in owners.items()))
     return Task(key, {}, answer, reply, wordings=(f"{told_of(owners, thing)} {question}",))
 
 
 def reading(rng):
-    """A document for pretraining: three people, their things, and several questions about the one passage."""
+    """A document for pretraining: three people, their things, and questions about them, each at most once."""
     owners, thing = owners_of(rng, 3), rng.choice(THINGS)
-    pairs = (asked_about(rng, owners, thing, rng.randint(1, 3)) for _ in range(4))
-    return told_of(owners, thing) + "".join(f"\n\n{question}\n{reply}" for question, _, reply in pairs)
+    pairs = [asked_about(rng, owners, thing, who, level) for who in owners for level in (1, 2, 3)]
+    asked = "".join(f"\n\n{question}\n{reply}" for question, _, reply in rng.sample(pairs, 6))
+    return told_of(owners, thing) + asked
