@@ -1,4 +1,4 @@
-"""The quickstart from end to end, with the fewest steps: everything is left where it should be, and again it says so."""
+"""The quickstart from end to end, with the fewest steps: all is left where it should be, and again it says so."""
 
 import json
 
