@@ -154,6 +154,7 @@ class Run:
         if cfg.dry_run:
             self.print(show_row(train[0], tokenizer))
             raise SystemExit(0)
+        self.window_start = time.perf_counter()            # what came before was not training
 
     def claim_folder(self):
         """Create the run folder and write the settings into it; UserError when it cannot be written."""
