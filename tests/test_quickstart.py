@@ -17,7 +17,7 @@ def test_quickstart_runs_all_stages_and_the_second_time_says_it_is_done(tmp_path
     skills = figures["skills"]["full_sft"]["skills"]
     assert len(skills) >= 12 and all(f"| {name} |" in report for name in skills)
     assert {"add_two_digits", "subtract_two_digits", "word_problem"} <= skills.keys()
-    assert "untrained" in report and "pretrain" in report and "full_sft" in report and "A conversation" in report
+    assert all(word in report for word in ("untrained", "pretrained", "fine-tuned", "A conversation"))
     for name in ("pretrain", "full_sft"):
         assert figures["stages"][name]["steps"] == 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "full_sft")

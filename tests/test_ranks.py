@@ -11,6 +11,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.config import ModelConfig
+from model.tokenizer import Tokenizer
 from trainer import train_pretrain
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -41,8 +42,9 @@ def test_two_ranks_equal_one(script, dtype, size, documents, chats, tmp_path):
         if size == "moe":
             size = str(tmp_path / "moe.json")
             Path(size).write_text(json.dumps(ModelConfig(
-                768, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2, num_shared_experts=1,
-                moe_intermediate_size=32, router="sigmoid", aux_loss_coef=0.01).to_hf()), encoding="utf-8")
+                Tokenizer.load("nano").vocab_size, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2,
+                num_shared_experts=1, moe_intermediate_size=32, router="sigmoid", aux_loss_coef=0.01).to_hf()),
+                encoding="utf-8")
         flags.update(data=str(documents), size=size, tokenizer="nano")
     else:
         train_pretrain.main(train_pretrain.Config(**{**FLAGS, "max_steps": 1, "data": str(documents), "size": "1x32",

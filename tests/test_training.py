@@ -1,6 +1,7 @@
 """The train scripts as a whole, in-process: they learn, they continue exactly, and bad input is one clear line."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import torch
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.errors import UserError
+from model.tokenizer import Tokenizer
 from trainer import runtime, state, train_full_sft, train_pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
+NANO = Tokenizer.load("nano").vocab_size
 TINY = dict(max_len=48, batch_size=8, log_every=1, eval_every=0, sample_every=0, save_every=0, device="cpu",
             warmup_steps=2)
 
@@ -55,7 +58,7 @@ class Killed(BaseException):
 def test_pretraining_and_fine_tuning_learn_and_leave_everything_a_run_leaves(documents, chats, tmp_path):
     base = pretrain(documents, tmp_path / "base", max_steps=60, eval_every=30, sample_every=30, save_every=25, lr=1e-2)
     first = metrics(tmp_path / "base")[0]
-    assert first["step"] == 0 and first["val_loss"] == pytest.approx(torch.tensor(768.0).log().item(), abs=0.15)
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(math.log(NANO), abs=0.15)
     assert base["held_out"]["loss"] < 0.6 * first["val_loss"]
     tuned = sft(chats, tmp_path / "base", tmp_path / "chat", max_steps=40, lr=1e-2)
     start = metrics(tmp_path / "chat")[0]["val_loss"]
@@ -89,7 +92,7 @@ def test_control_shuffled_labels_teach_nothing_about_held_out_text(documents, tm
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 def test_a_mixture_of_experts_trains_balances_and_continues(router, documents, chats, tmp_path, monkeypatch):
-    config = ModelConfig(768, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2, router=router,
+    config = ModelConfig(NANO, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2, router=router,
                          moe_intermediate_size=32, num_shared_experts=int(router == "sigmoid"),
                          aux_loss_coef=0.01 if router == "softmax" else 0.0)
     (tmp_path / "moe.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
@@ -327,7 +330,6 @@ def test_bad_conversations_and_checkpoints(documents, chats, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_fit_the_model(documents, tmp_path):
-    from model.tokenizer import Tokenizer
     pretrain(documents, tmp_path / "base", max_steps=1)
     Tokenizer.load("base").save(tmp_path / "base")
     with pytest.raises(UserError, match="6400"):
