@@ -16,7 +16,7 @@ arXiv:1808.06226): characters instead of bytes, bytes only for characters that t
 reads   any jsonl that the other stages read (all text in it), .txt, each also .gz; several with a weight each, which
         says how often their text counts: --data novels.txt:0.5,poems.jsonl:2
 writes  out/tokenizer   tokenizer.json (or tokenizer.model), tokenizer_config.json, chat_template.jinja
-run     python trainer/train_tokenizer.py --data builtin --vocab_size 768
+run     python trainer/train_tokenizer.py --data builtin --vocab_size 1024
         python trainer/train_tokenizer.py --data builtin --tokenizer base --report          measures an existing one
 """
 
