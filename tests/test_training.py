@@ -90,6 +90,14 @@ def test_control_shuffled_labels_teach_nothing_about_held_out_text(documents, tm
     assert control["held_out"]["loss"] > real["held_out"]["loss"] + 0.5
 
 
+def test_bfloat16_products_with_float32_weights(documents, tmp_path):
+    """Forced here; `auto` takes it where the hardware is fast at it. Same path, rounded, weights kept in float32."""
+    exact = pretrain(documents, tmp_path / "exact", max_steps=3)
+    rounded = pretrain(documents, tmp_path / "rounded", max_steps=3, dtype="bfloat16")
+    assert rounded["held_out"]["loss"] == pytest.approx(exact["held_out"]["loss"], abs=0.05)
+    assert {tensor.dtype for tensor in weights(tmp_path / "rounded").values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 def test_a_mixture_of_experts_trains_balances_and_continues(router, documents, chats, tmp_path, monkeypatch):
     config = ModelConfig(NANO, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2, router=router,
