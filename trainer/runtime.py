@@ -52,8 +52,6 @@ class Run:
         self.muon_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else self.weights_dtype
         devices.seed_all(cfg.seed)
         state.check(cfg, self.out)
-        if not cfg.dry_run:
-            self.claim_folder()
         self.total_steps = self.last_place = 0
         self.tokens, self.earlier_seconds, self.budget_fitted = 0, 0.0, False
         self.aside = 0.0                       # seconds spent on evaluation, samples and saving since the last log line
@@ -154,17 +152,20 @@ class Run:
         if cfg.dry_run:
             self.print(show_row(train[0], tokenizer))
             raise SystemExit(0)
+        self.claim_folder()
         self.window_start = time.perf_counter()            # what came before was not training
 
     def claim_folder(self):
-        """Create the run folder and write the settings into it; UserError when it cannot be written."""
-        if not self.is_main:
-            return
+        """All inputs are good: make the run folder and write the settings. UserError when it cannot be written."""
         record = {"stage": self.stage, "command": " ".join(sys.argv), "commit": git_commit(),
                   "torch": torch.__version__, **dataclasses.asdict(self.cfg)}
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "train_config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+            if self.is_main and self.cfg.overwrite:
+                state.clear(self.out)
+            self.barrier()                                 # nobody looks for a state to resume before it is gone
+            if self.is_main:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "train_config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written ({error.strerror}); choose another folder") from None
 

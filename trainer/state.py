@@ -52,10 +52,7 @@ def check(cfg, out):
     UserError when the folder holds a run with other settings, or a checkpoint that no run of ours wrote.
     """
     out = Path(out)
-    if cfg.overwrite:
-        shutil.rmtree(out / "resume", ignore_errors=True)
-        for name in ("metrics.jsonl", "summary.json"):
-            (out / name).unlink(missing_ok=True)
+    if cfg.overwrite or cfg.dry_run:
         return
     _, state = latest(out)
     if state is None:
@@ -71,6 +68,14 @@ def check(cfg, out):
     if state["finished"]:
         print(f"{out} is finished ({state['step']} steps); --overwrite trains it again")
         raise SystemExit(0)
+
+
+def clear(out):
+    """Forget the run in `out` (--overwrite). Called when the new run is about to start, not before: a mistyped flag
+    must not cost the old one. The old checkpoint stays until the first save replaces it."""
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    for name in ("metrics.jsonl", "summary.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def save(cfg, run, step, model, optimizers, finished=False):
