@@ -1,7 +1,8 @@
 """Log-probabilities of the tokens of a text under a model: the one definition for every trainer and evaluation."""
 
-import torch
 import torch.nn.functional as F
+
+from model.kernels import linear_logprobs
 
 
 def token_logprobs(model, input_ids, attention_mask=None, segment_ids=None, positions=None, temperature=1.0):
@@ -13,10 +14,9 @@ def token_logprobs(model, input_ids, attention_mask=None, segment_ids=None, posi
     predicts, is 0. `temperature` divides the logits: score with the one that was sampled with.
     """
     def head(hidden, lm_head):                                          # hidden (B, T, D)
-        logits = lm_head(hidden[:, :-1])                                # (B, T-1, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        nll = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
-        return F.pad(-nll.view(input_ids.shape[0], -1), (1, 0))         # (B, T)
+        rows, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        logprobs = linear_logprobs(rows, lm_head.weight, targets, temperature)           # (B·(T-1),)
+        return F.pad(logprobs.view(len(input_ids), -1), (1, 0))         # (B, T)
 
     return model(input_ids, attention_mask, segment_ids, positions, head=head)
 

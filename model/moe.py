@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import ModelConfig
+from model.kernels import matmul_dtype, silu_mul
 
 
 class Router(nn.Module):
@@ -85,17 +86,25 @@ class Experts(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=config.initializer_range)
 
-    def forward(self, x, counts: list[int]):
-        """x (M, D), sorted so that the first counts[0] rows belong to expert 0, and so on -> (M, D).
+    def forward(self, x, ends):
+        """x (M, D), sorted so that rows ends[e-1] … ends[e] - 1 belong to expert e; ends (E,) int32 -> (M, D).
 
         An expert without tokens multiplies zero rows: it stays in the graph and its gradient is 0, not None, which
-        is what DistributedDataParallel needs. (unbind, because the gradient of weight[e] would be a full (E, F, D).)
+        is what DistributedDataParallel needs.
         """
-        weights = zip(self.gate_proj.unbind(), self.up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        outputs = []
-        for tokens, (gate, up, down) in zip(x.split(counts), weights, strict=True):
-            outputs.append(F.linear(F.silu(F.linear(tokens, gate)) * F.linear(tokens, up), down))
-        return torch.cat(outputs)
+        hidden = silu_mul(grouped_linear(x, self.gate_proj, ends), grouped_linear(x, self.up_proj, ends))  # (M, F)
+        return grouped_linear(hidden, self.down_proj, ends)
+
+
+def grouped_linear(x, weight, ends):
+    """Row block e of x (M, in) times weight[e] (out, in) -> (M, out): all experts in one call, without waiting for the
+    counts to arrive from the GPU. ends (E,): where each block ends."""
+    dtype = matmul_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if x.device.type in ("cpu", "cuda") and dtype != torch.float64:
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    blocks = x.tensor_split(ends[:-1].tolist())  # unbind, because the gradient of weight[e] would be a full (E, F, D)
+    return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight.unbind(), strict=True)])
 
 
 class SharedExperts(nn.Module):
@@ -109,7 +118,7 @@ class SharedExperts(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class MoE(nn.Module):
@@ -135,17 +144,16 @@ class MoE(nn.Module):
 
         # Sort the N·k choices by expert, so that each expert multiplies one contiguous block, and sort back.
         order = chosen.flatten().argsort(stable=True)  # (N·k,)
-        counts = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
-        y = self.experts(x.reshape(B * T, D)[order // k], counts)  # (N·k, D)
+        picks = F.one_hot(chosen, self.num_experts).sum(dim=1)  # (N, E) 1 where the token chose the expert
+        ends = picks.sum(dim=0).cumsum(0).int()  # (E,)
+        y = self.experts(x.reshape(B * T, D)[order // k], ends)  # (N·k, D)
         y = torch.empty_like(y).index_copy(0, order, y).view(B * T, k, D)
         y = (y * gates.unsqueeze(-1)).sum(dim=1).to(x.dtype).view(B, T, D)  # gates, and so the sum, are float32
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
 
         real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        # picks (B, E): how many choices of the row's real tokens fell on each expert
-        picks = F.one_hot(chosen, self.num_experts).sum(dim=1).view(B, T, -1)  # (B, T, E)
-        picks = (picks * real.unsqueeze(-1)).sum(dim=1)  # (B, E)
+        picks = (picks.view(B, T, -1) * real.unsqueeze(-1)).sum(dim=1)  # (B, E) choices of the row's real tokens
         if self.training:
             self.gate.load = self.gate.load.to(x.device) + picks.sum(dim=0)
         if not self.with_aux:

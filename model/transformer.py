@@ -12,9 +12,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from model.kernels import attention, rms_norm, rotate, silu_mul
 from model.moe import MoE
 
 
@@ -27,9 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 # ------------------------------------------------------------------------------------- rotary positions
@@ -81,12 +80,6 @@ def rope_frequencies(config):
 def yarn_temperature(s, mscale=1.0):
     """0.1 · mscale · ln(s) + 1: cos and sin grow by it, attention logits by its square (YaRN, eq. 22)."""
     return 0.1 * mscale * math.log(s) + 1.0 if s > 1 else 1.0
-
-
-def apply_rope(x, cos, sin):
-    """Turn each pair (x_i, x_{i+d/2}) by its angle. x (B, T, heads, d); cos, sin (B or 1, T, 1, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 # ------------------------------------------------------------------------------------------- attention
@@ -146,12 +139,11 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.d))                    # (B, T, H, d)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.d))                    # (B, T, K, d)
         v = self.v_proj(x).view(B, T, -1, self.d)
-        q, k = apply_rope(q, cos, sin).transpose(1, 2), apply_rope(k, cos, sin).transpose(1, 2)
+        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
         v = v.transpose(1, 2)                                                     # (B, K, T, d)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                                 # (B, K, S, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == k.shape[2],
-                                             enable_gqa=q.shape[1] != k.shape[1])  # (B, H, T, d)
+        out = attention(q, k, v, mask)                                            # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -165,7 +157,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -200,6 +192,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
+        self.activation_checkpointing = False        # keep only each block's input, compute the rest again for backward
         theta, self.rope_factor = rope_frequencies(config)
         self.register_buffer("theta", theta, persistent=False)                    # (d/2,)
 
@@ -218,16 +211,17 @@ class Decoder(nn.Module):
             positions = (torch.arange(past, past + T, device=ids.device)[None] if attention_mask is None
                          else (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:])
         with torch.autocast(ids.device.type, enabled=False):                      # angles need float32
-            angles = positions[:, :, None].float() * self.theta                   # (B or 1, T, d/2)
-            angles = torch.cat((angles, angles), dim=-1)[:, :, None, :]           # (B or 1, T, 1, d)
+            angles = (positions[:, :, None].float() * self.theta)[:, :, None]     # (B or 1, T, 1, d/2)
             cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         x = self.embed_tokens(ids)                                                # (B, T, D)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         mask = attention_mask_for(T, past, ids.device, attention_mask, segment_ids,
                                   self.config.sliding_window)
         aux_losses = []
         for block in self.layers:
-            x, aux = block(x, cos, sin, mask, cache, real)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, aux = checkpoint(block, x, cos, sin, mask, cache, real, use_reentrant=False)
+            else:
+                x, aux = block(x, cos, sin, mask, cache, real)
             if aux is not None:
                 aux_losses.append(aux)
         if cache is not None:
