@@ -27,6 +27,8 @@ from torch import nn
 from model.config import ModelConfig
 from model.kernels import matmul_dtype, silu_mul
 
+BLOCK = 128
+
 
 class Router(nn.Module):
     """Chooses k of E experts for each token. Computes in float32, or more, whatever the model's dtype or autocast."""
@@ -107,6 +109,24 @@ def grouped_linear(x, weight, ends):
     return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight.unbind(), strict=True)])
 
 
+def line_up(chosen, hot):
+    """Put M choices in line, expert by expert: chosen (M,), hot (M, E) the same one-hot.
+
+    Returns place (M,), the row of the queue where each choice stands; ends (E,), where each expert's rows end; and the
+    number of rows. With many choices an expert's rows are filled up to a multiple of BLOCK: kernels for GPUs need
+    aligned blocks, and those for CPUs are prepared once for each size that occurs, so few sizes should.
+    """
+    M, E = hot.shape
+    block = BLOCK if M >= E * BLOCK else 1
+    line = hot.cumsum(0)  # (M, E) how many chose the expert so far
+    sizes = (line[-1] + block - 1) // block * block  # (E,)
+    ends = sizes.cumsum(0)
+    place = (line + (ends - sizes - 1)).gather(1, chosen.unsqueeze(1)).squeeze(1)
+    rows = (M + E * (block - 1)) // block * block  # the most there can be: known without waiting for the GPU
+    ends[-1] = rows  # empty rows at the end go to the last expert
+    return place, ends.int(), rows
+
+
 class SharedExperts(nn.Module):
     """The experts that every token visits, as one feed-forward network of width num_shared_experts · F."""
 
@@ -142,18 +162,16 @@ class MoE(nn.Module):
         gates, chosen, probs = self.gate(x.reshape(B * T, D))  # (N, k), (N, k), (N, E) with N = B·T here
         k = chosen.shape[1]
 
-        # Sort the N·k choices by expert, so that each expert multiplies one contiguous block, and sort back.
-        order = chosen.flatten().argsort(stable=True)  # (N·k,)
-        picks = F.one_hot(chosen, self.num_experts).sum(dim=1)  # (N, E) 1 where the token chose the expert
-        ends = picks.sum(dim=0).cumsum(0).int()  # (E,)
-        y = self.experts(x.reshape(B * T, D)[order // k], ends)  # (N·k, D)
-        y = torch.empty_like(y).index_copy(0, order, y).view(B * T, k, D)
+        hot = F.one_hot(chosen.flatten(), self.num_experts)  # (N·k, E)
+        place, ends, rows = line_up(chosen.flatten(), hot)
+        queue = x.new_zeros(rows, D).index_copy(0, place, x.reshape(B * T, D).repeat_interleave(k, dim=0))
+        y = self.experts(queue, ends)[place].view(B * T, k, D)
         y = (y * gates.unsqueeze(-1)).sum(dim=1).to(x.dtype).view(B, T, D)  # gates, and so the sum, are float32
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
 
         real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        picks = (picks.view(B, T, -1) * real.unsqueeze(-1)).sum(dim=1)  # (B, E) choices of the row's real tokens
+        picks = (hot.view(B, T, k, -1).sum(dim=2) * real.unsqueeze(-1)).sum(dim=1)  # (B, E) of the row's real tokens
         if self.training:
             self.gate.load = self.gate.load.to(x.device) + picks.sum(dim=0)
         if not self.with_aux:
