@@ -15,10 +15,15 @@ Inside, everything is computed in float32 or better; results come out in the for
 under autocast), because a matrix product is what comes next.
 """
 
+import functools
+import importlib.util
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 LOGITS_AT_ONCE = 2**27 if torch.cuda.is_available() else 2**23     # float32 numbers: 512 MB, on a CPU 32 MB
 ATTENTION_BLOCK = 128                                              # queries of one block in the derivative
@@ -97,17 +102,54 @@ def turn(x, cos, sin):
 
 def attention(q, k, v, mask=None):
     """Causal attention, or what `mask` allows. q (B, H, T, d); k, v (B, K, S, d): each serves H/K query heads;
-    mask bool, broadcastable to (B, 1, T, S), True = may be seen; None = causal -> (B, H, T, d).
+    mask bool, broadcastable to (B, 1, T, S), True = may be seen, or a BlockMask; None = causal -> (B, H, T, d).
 
-    torch's fused kernels, with one exception: on a CPU in bfloat16 the derivative is the one below. It skips the
-    blocks above the diagonal, which torch's CPU kernel multiplies through, and takes about half its time. (A compiled
-    model keeps torch's: the compiler would unroll the blocks.)
+    torch's fused kernels: FlexAttention for a BlockMask, SDPA for the rest. One exception: on a CPU in bfloat16 the
+    derivative is the one below. It skips the blocks above the diagonal, which torch's CPU kernel multiplies through,
+    and takes about half its time. (A compiled model keeps torch's: the compiler would unroll the blocks.)
     """
+    if isinstance(mask, BlockMask):
+        return flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     causal = mask is None and q.shape[2] == k.shape[2]
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if on_cpu and q.shape[2] == k.shape[2] and q.requires_grad and not torch.compiler.is_compiling():
         return BlockAttention.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def segment_blocks(segment_ids):
+    """The BlockMask of packed rows, segment_ids (B, T): causal, and each text sees itself only. Whole blocks of the
+    T x T scores in which nobody may see anybody are never computed, so a row of short texts costs what they cost."""
+    B, T = segment_ids.shape
+
+    def visible(b, h, query, key):
+        return (key <= query) & (segment_ids[b, query] == segment_ids[b, key])
+
+    return create_block_mask(visible, B, None, T, T, device=segment_ids.device)
+
+
+@functools.cache
+def flex():
+    """FlexAttention as a fused kernel; uncompiled, on a CPU, it is only good for comparison."""
+    return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
+
+
+@functools.cache
+def has_flex():
+    """Whether FlexAttention works on this GPU: tried once, forward and backward, against SDPA."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    q, k, v = torch.randn(3, 2, 2, 256, 64, device="cuda", dtype=torch.float16).requires_grad_().unbind()
+    segments = (torch.arange(256, device="cuda") // 100).expand(2, 256)
+    try:
+        got = attention(q, k, v, segment_blocks(segments))
+        got.sum().backward()
+    except Exception as error:        # compilers for GPUs fail in many ways; SDPA with a mask computes the same
+        warnings.warn(f"FlexAttention does not work here ({str(error).splitlines()[0]}); packed rows take longer",
+                      stacklevel=2)
+        return False
+    mask = (segments[0][:, None] == segments[0]).tril()
+    return torch.allclose(got, attention(q, k, v, mask[None, None]), atol=1e-2)
 
 
 class BlockAttention(Function):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.kernels import attention, rms_norm, rotate, silu_mul
+from model.kernels import attention, has_flex, rms_norm, rotate, segment_blocks, silu_mul
 from model.moe import MoE
 
 
@@ -214,8 +214,9 @@ class Decoder(nn.Module):
             angles = (positions[:, :, None].float() * self.theta)[:, :, None]     # (B or 1, T, 1, d/2)
             cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         x = self.embed_tokens(ids)                                                # (B, T, D)
-        mask = attention_mask_for(T, past, ids.device, attention_mask, segment_ids,
-                                  self.config.sliding_window)
+        packed = segment_ids is not None and attention_mask is None and not self.config.sliding_window
+        mask = (segment_blocks(segment_ids) if packed and ids.is_cuda and has_flex() else
+                attention_mask_for(T, past, ids.device, attention_mask, segment_ids, self.config.sliding_window))
         aux_losses = []
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():

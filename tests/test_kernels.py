@@ -104,6 +104,33 @@ def test_attention_in_bfloat16_uses_it():
         assert (a - b).norm() < 2e-2 * b.norm()
 
 
+def check_flex(device, close, backward):
+    q, k, v = (x.detach().to(device).requires_grad_(backward)
+               for x in draw((2, 4, 200, 16), (2, 2, 200, 16), (2, 2, 200, 16), dtype=torch.float32))
+    lengths = torch.tensor([[130, 3, 60, 7], [1, 100, 50, 49]])
+    segments = torch.stack([torch.arange(1, 5).repeat_interleave(row) for row in lengths]).to(device)
+    got = kernels.attention(q, k, v, kernels.segment_blocks(segments))
+    expected = slow_attention(q, k, v, attention_mask_for(200, 0, device, segment_ids=segments))
+    torch.testing.assert_close(got, expected, atol=close, rtol=0)
+    if backward:
+        upstream = torch.randn_like(got)
+        expected = torch.autograd.grad(expected, (q, k, v), upstream)
+        for a, b in zip(torch.autograd.grad(got, (q, k, v), upstream), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=10 * close, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_on_packed_rows_is_attention_under_their_mask():
+    """What CUDA uses for packed rows; on a CPU torch has no compiled one and no derivative."""
+    check_flex("cpu", 1e-5, backward=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_flex_attention_on_a_gpu():
+    assert kernels.has_flex()
+    check_flex("cuda", 1e-2, backward=True)
+
+
 class Largest(TorchDispatchMode):
     """Remembers the size of the largest tensor that any operation made."""
 
