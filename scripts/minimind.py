@@ -1,0 +1,135 @@
+"""
+MiniMind's classic run on real data, for one consumer GPU: text and conversations are fetched, a 26M model learns the
+language from the first and to answer from the second, and a report says what came of it.
+
+It runs the commands that you would type, and prints each. Before a stage begins, its script says how many minutes it
+will take (and what it will cost, with --price_per_hour). Stopped or killed, the same command continues.
+
+reads   pretrain_hq and sft_mini_512, fetched by dataset/download.py (2.9 GB), or files of your own
+writes  out/minimind/pretrain  out/minimind/full_sft  out/minimind/report.md  out/minimind/report.json
+run     bash scripts/minimind.sh                                     makes a virtual environment first
+        python scripts/minimind.py --price_per_hour 0.2              where the requirements are installed
+        python scripts/minimind.py --pretrain my.jsonl --sft chats.jsonl --size 4x256 --out out/mine
+"""
+
+import pathlib
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])   # the project root, not scripts/
+
+import json
+import os
+from dataclasses import dataclass
+
+from dataset.catalogue import FILES
+from dataset.download import file_name
+from model.cli import arg, parse_args
+from model.errors import UserError, run
+from scripts.quickstart import script, shown
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = ROOT / "dataset" / "data"
+QUESTIONS = ("你好，你是谁？", "中国的首都是哪里？", "天空为什么是蓝色的？", "推荐几种适合夏天吃的水果。",
+             "1 + 1 等于几？", "写一句关于秋天的话。", "Who are you?", "What is the capital of France?")
+
+
+@dataclass
+class Config:
+    out: str = arg("out/minimind", "folder for the checkpoints and the report")
+    pretrain: str = arg("pretrain_hq", "text: a name that dataset/download.py --list shows, or a file")
+    sft: str = arg("sft_mini_512", "conversations: a name or a file")
+    source: str = arg("auto", "where the files are fetched from: hf, modelscope or auto",
+                      choices=("auto", "hf", "modelscope"))
+    size: str = arg("small", "size of the model: small is 26M parameters")
+    tokenizer: str = arg("auto", "nano, base or a folder; auto: base for all sizes but nano")
+    max_len: int = arg(0, "tokens in a row; 0 = what is recommended for the files")
+    batch_size: int = arg(128, "rows per optimizer step; how many fit into memory at once is found out")
+    max_steps: int = arg(0, "optimizer steps of each stage; 0 = once over the data")
+    eval_every: int = arg(250, "steps between held-out evaluations; it saves as often")
+    price_per_hour: float = arg(0.0, "price of the machine per hour")
+    prompts: str = arg("", "questions for the report: a text file, one a line; empty: eight simple ones")
+    max_new_tokens: int = arg(120, "longest answer in the report")
+
+
+def main(cfg):
+    out = ROOT / cfg.out if cfg.out == Config.out else pathlib.Path(cfg.out).resolve()
+    report = out / "report.md"
+    if report.exists():
+        print(report.read_text(encoding="utf-8"))
+        print(f"This run is done. Talk to the model:  python scripts/chat.py --model {shown(out / 'full_sft')}\n"
+              f"To run it again from nothing, remove {shown(out)}.")
+        return
+    for name in (cfg.pretrain, cfg.sft, cfg.prompts):
+        if name and name not in FILES and not pathlib.Path(name).exists():
+            raise UserError(f"{name}: neither a file nor a name that python dataset/download.py --list shows")
+    text, chats = fetch(cfg.pretrain, cfg), fetch(cfg.sft, cfg)
+    # A checkpoint has as many positions as the rows that it was born with: enough for every stage. Rows are packed, so
+    # that longer ones cost nothing.
+    max_len = cfg.max_len or max(recommended(cfg.pretrain, 320), recommended(cfg.sft, 340))
+
+    stages = [train("pretrain", text, max_len, out, cfg, "--size", cfg.size, "--tokenizer", cfg.tokenizer)]
+    stages += [train("full_sft", chats, max_len, out, cfg, "--model", stages[-1])]
+    # DPO, as soon as there is trainer/train_dpo.py: a file more above ("dpo"), and here one line like the last.
+
+    prompts = out / "prompts.txt"
+    if not cfg.prompts:
+        prompts.write_text("\n".join(QUESTIONS) + "\n", encoding="utf-8")
+    answers = script("scripts/chat.py", "--model", stages[-1], "--prompts", cfg.prompts or prompts, "--temperature", 0,
+                     "--repetition_penalty", 1.1, "--max_new_tokens", cfg.max_new_tokens, capture=True)
+    write_report(report, stages, answers, cfg)
+    print(report.read_text(encoding="utf-8"))
+    print(f"Talk to it:  python scripts/chat.py --model {shown(stages[-1])}")
+
+
+def fetch(name, cfg):
+    """The path of a data file: one of the user's, or one of the catalogue, which is fetched unless it is there."""
+    if name not in FILES:
+        return pathlib.Path(name).resolve()
+    script("dataset/download.py", "--file", name, "--source", cfg.source)
+    return DATA / file_name(name, FILES[name])
+
+
+def recommended(name, otherwise):
+    return (name in FILES and FILES[name].max_len) or otherwise
+
+
+def train(stage, data, max_len, out, cfg, *flags):
+    """Run or continue a stage with its usual learning rate. Returns the folder of its checkpoint."""
+    price = ["--price_per_hour", cfg.price_per_hour] if cfg.price_per_hour else []
+    script(f"trainer/train_{stage}.py", *flags, "--data", data, "--max_len", max_len, "--batch_size", cfg.batch_size,
+           "--max_steps", cfg.max_steps, "--eval_every", cfg.eval_every, "--save_every", cfg.eval_every, *price,
+           "--on_bad_record", "skip", "--out", out / stage)
+    return out / stage
+
+
+def write_report(path, stages, answers, cfg):
+    """report.json with the summaries of all stages and the answers, and report.md made from it."""
+    figures = {"stages": {folder.name: json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+                          for folder in stages},
+               "price_per_hour": cfg.price_per_hour, "answers": answers.strip()}
+    path.with_suffix(".json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = ["# MiniMind's run", "", *stage_table(figures), "",
+            "Bits per byte are of text (of answers, for full_sft) that no stage has seen, with 95 % intervals.", "",
+            "Answers, at temperature 0:", "", "```", figures["answers"], "```", ""]
+    path.write_text("\n".join(text), encoding="utf-8")
+
+
+def stage_table(figures):
+    """Lines of a table: what each stage took, and its held-out bits per byte before and after."""
+    price = figures["price_per_hour"]
+    yield f"| stage | parameters | tokens | minutes | {'cost | ' if price else ''}bits per byte before | after |"
+    yield f"|---|--:|--:|--:|{'--:|' if price else ''}--:|---|"
+    for name, stage in figures["stages"].items():
+        scores = stage["held_out"]
+        low, high = scores["bits_per_byte_interval"]
+        cells = [name, f"{stage['parameters'] / 1e6:.1f}M", f"{stage['tokens']:,}", f"{stage['minutes']:.1f}",
+                 *([f"{price * stage['minutes'] / 60:.2f}"] if price else []),
+                 f"{stage['curve'][0]['bits_per_byte']:.3f}", f"{scores['bits_per_byte']:.3f} [{low:.3f}, {high:.3f}]"]
+        yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONUTF8"] = "1"                                         # what the scripts say is read as UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")                      # for terminals that lack a character
+    run(main, parse_args(Config, description=__doc__))
