@@ -9,29 +9,32 @@ yields  document    {"text": str}
         chat        {"messages": [...], "tools": [...] or None}
         preference  {"chosen": [...], "rejected": [...], "tools": [...] or None}
         prompt      {"messages": [...], "tools": ..., "answer": ..., "checker": ..., and the record's other keys}
-writes  out/cache/  the offset of every line, and the unpacked form of .gz files. Delete it whenever you like.
+writes  out/cache/  where every line starts, and the unpacked form of .gz files. Delete it whenever no run reads it.
 
 A message is {"role": system | user | assistant | tool, "content": str}; an assistant's may have "reasoning_content",
 "answer" and "tool_calls" [{"name", "arguments": dict}]. Data comes in many spellings (README.md lists them) and is
 brought to this one here, so nothing downstream ever asks who wrote the file.
 
-Nothing holds a file in memory: the index is one int64 per line, itself memory-mapped. A bad line names its file, line
-and field; `on_bad_record="skip"` counts such lines instead and says so once.
+Nothing holds a file in memory, nor its index, which is a file itself (`DiskArray`). A bad line names its file, line and
+field; `on_bad_record="skip"` counts such lines instead and says so once.
 """
 
+import errno
 import functools
 import gzip
 import hashlib
 import json
 import os
 import pathlib
-import secrets
+import re
 import shutil
 import sys
+import threading
 import time
 import zlib
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from model.errors import UserError
 from model.tokenizer import lift_structure
@@ -39,7 +42,8 @@ from model.tokenizer import lift_structure
 CACHE = pathlib.Path(__file__).resolve().parents[1] / "out" / "cache"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 CHUNK = 1 << 24    # bytes read at a time while a file is indexed
-PIECE = 1 << 20    # bytes of a .txt file that become one string
+PIECE = 1 << 16    # bytes of a .txt file that become one string
+LINE = np.dtype([("start", np.int64), ("number", np.int64)])    # byte offset of a line that holds a record; from 1
 BOM = b"\xef\xbb\xbf"
 
 ROLES = {
@@ -50,9 +54,9 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
 }
 SHAPES = ('"text"; "conversations" or "messages"; "prompt" and "completion"; "instruction" and "output"; '
-          '"chosen" and "rejected"; or a conversation with "answer" and "checker"')
-CONVERSATION_KEYS = {"conversations", "messages", "prompt", "completion", "instruction", "input", "output", "system",
-                     "tools"}
+          '"question" and "answer"; "chosen" and "rejected"; or a conversation with "answer" and "checker"')
+CONVERSATION_KEYS = {"conversations", "messages", "prompt", "completion", "instruction", "input", "output", "question",
+                     "system", "tools"}
 
 
 # --- files
@@ -67,8 +71,10 @@ def find_files(paths):
         return [file for path in paths for file in find_files(path)]
     path = pathlib.Path(paths)
     if not path.exists() and "," in str(paths):
-        return find_files([part.strip() for part in str(paths).split(",") if part.strip()])
+        return find_files(parts_of(paths))
     if not path.exists():
+        if weight_of(paths)[1] is not None:
+            raise UserError(f"{path}: weights belong to the --data of training; leave them out here")
         raise UserError(f"{path}: there is no such file or folder; check the path given with --data")
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
@@ -78,6 +84,42 @@ def find_files(paths):
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path}: cannot tell what this file holds; its name must end in {', '.join(SUFFIXES)}")
     return [path]
+
+
+def parts_of(paths):
+    """The parts of "a.jsonl, b.jsonl" as a list; what exists under the whole name is one part."""
+    if isinstance(paths, list | tuple):
+        return list(paths)
+    if pathlib.Path(paths).exists():
+        return [str(paths)]
+    return [part.strip() for part in str(paths).split(",") if part.strip()]
+
+
+def weight_of(part):
+    """("a.jsonl", 0.3) of "a.jsonl:0.3"; the weight is None where there is none, as in "a.jsonl" or "C:\\a.jsonl"."""
+    path, _, weight = str(part).rpartition(":")
+    if not path or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or pathlib.Path(part).exists():
+        return str(part), None
+    return path, float(weight)
+
+
+def shares_of(paths):
+    """{path: share} of "a.jsonl:9,b.jsonl:1", the shares made to sum to 1; {} where nothing has a weight.
+
+    UserError: some parts have a weight and some do not, a weight is 0, a part is there twice.
+    """
+    parts = [weight_of(part) for part in parts_of(paths)]
+    if all(weight is None for _, weight in parts):
+        return {}
+    for path, weight in parts:
+        if weight is None:
+            raise UserError(f"--data {paths}: {path} has no weight; give every part one (PATH:WEIGHT) or none")
+        if not weight:
+            raise UserError(f"--data {paths}: the weight of {path} is 0; leave that part out")
+    if len(dict(parts)) < len(parts):
+        raise UserError(f"--data {paths}: a part is there twice; name each once and give it the sum of its weights")
+    total = sum(weight for _, weight in parts)
+    return {path: weight / total for path, weight in parts}
 
 
 def is_text(path):
@@ -93,54 +135,117 @@ def cache_path(path, name):
     return CACHE / f"{key}-{name}"
 
 
-def publish(temporary, target):
-    """Give a finished file or folder its name in one step. Where another process was faster, its equal copy stays."""
+def once(target, make):
+    """The file or folder `target` of the cache: made by make(temporary path) unless it is there, and named when whole.
+
+    Processes that want it at once wait for the first. Should that one be killed, the system frees its lock and the
+    next starts over.
+    """
+    if target.exists():
+        return target
+    temporary = target.with_name(target.name + ".tmp")
+    lock = FileLock(f"{target}.lock")
     try:
-        os.replace(temporary, target)
-    except OSError:
-        if not target.exists():
+        lock.acquire(timeout=5)
+    except Timeout:
+        print(f"waiting for another process that prepares {target.name}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        if not target.exists():                              # made while we waited
+            remove(temporary)                                # the half of a process that was killed
+            make(temporary)
+            os.replace(temporary, target)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
             raise
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+        raise UserError(f"{target.parent}: the disk is full; make room for the tokens of the data") from None
+    finally:
+        remove(temporary)
+        lock.release()
+    return target
 
 
-def beside(target):
-    """A name next to `target` that no other process uses, for work in progress."""
-    return target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+def remove(path):
+    """Delete a file or folder that may not be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class DiskArray:
+    """A one-dimensional numpy array in a file: a slice, or a number, is read when asked for.
+
+    Not a memory map, because the pages of a map that were ever touched count as memory of the process: after an epoch
+    that is the whole file. Reads from several threads and forked processes do not disturb each other.
+    """
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype = pathlib.Path(path), np.dtype(dtype)
+        self.size = self.path.stat().st_size // self.dtype.itemsize
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            index = range(self.size)[index]                  # IndexError beyond the end; -1 is the last
+            return self[index:index + 1][0]
+        start, stop, _ = index.indices(self.size)
+        width = self.dtype.itemsize
+        return np.frombuffer(read_at(self.path, start * width, max(stop - start, 0) * width), self.dtype)
+
+
+@functools.lru_cache(maxsize=256)    # a folder of thousands of files must not use up the open files of the process
+def opened(path):
+    return open(path, "rb", buffering=0)
+
+
+POSITION = threading.Lock()
+
+
+def read_at(path, start, size):
+    """The bytes [start, start + size) of a file that stays as it is."""
+    file = opened(path)
+    if hasattr(os, "pread"):                                 # Windows has no read that leaves the position alone
+        return os.pread(file.fileno(), size, start)
+    with POSITION:
+        file.seek(start)
+        return file.read(size)
 
 
 def unpacked(path):
     """The path itself, or for .gz its unpacked copy in the cache: random access needs one."""
     if path.suffix != ".gz":
         return path
-    target = cache_path(path, path.stem)
-    if not target.exists():
-        temporary = beside(target)
-        try:
-            with gzip.open(path, "rb") as source, open(temporary, "wb") as out:
-                progress = Progress(f"unpacking {path.name}")
-                while chunk := source.read(CHUNK):
-                    out.write(chunk)
-                    progress.add(len(chunk))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            temporary.unlink()
-            raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again or unpack it yourself") from None
-        publish(temporary, target)
-    return target
+    return once(cache_path(path, path.stem), functools.partial(unpack, path))
+
+
+def unpack(path, target):
+    progress = Progress(f"unpacking {path.name}")
+    try:
+        with gzip.open(path, "rb") as source, open(target, "wb") as out:
+            while chunk := source.read(CHUNK):
+                out.write(chunk)
+                progress.add(len(chunk))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again or unpack it yourself") from None
 
 
 class Progress:
-    """`label 42 %` on stderr (MB where no total is known), every two seconds: nothing for work that is done sooner."""
+    """`label 42 %` on stderr (MB where no total is known), every two seconds if it changed: nothing for short work."""
 
     def __init__(self, label, total=0):
         self.label, self.total = label, total
-        self.done, self.said = 0, time.monotonic()
+        self.done, self.said, self.share = 0, time.monotonic(), ""
 
     def add(self, amount):
         self.done += amount
         if time.monotonic() - self.said > 2:
             share = f"{100 * self.done / self.total:.0f} %" if self.total else f"{self.done / 1e6:.0f} MB"
-            print(f"{self.label} {share}", file=sys.stderr, flush=True)
-            self.said = time.monotonic()
+            if share != self.share:
+                print(f"{self.label} {share}", file=sys.stderr, flush=True)
+            self.said, self.share = time.monotonic(), share
 
 
 @functools.cache    # once per process, however many datasets read the same file
@@ -152,29 +257,31 @@ def warn(message):
 # --- lines
 
 
-def line_starts(path):
-    """Byte offset of every line that is not empty, (n,) int64, memory-mapped. Found once, then kept in the cache."""
-    target = cache_path(path, "lines.int64")
-    if not target.exists():
-        temporary = beside(target)
-        progress = Progress(f"indexing {path.name}", path.stat().st_size)
-        position, new_line = 0, True
-        with open(path, "rb") as source, open(temporary, "wb") as out:
-            while chunk := source.read(CHUNK):
-                octets = np.frombuffer(chunk, np.uint8)
-                starts = np.flatnonzero(octets[:-1] == 10) + 1
-                if new_line:
-                    first = len(BOM) if position == 0 and chunk.startswith(BOM) else 0
-                    starts = np.concatenate([np.array([first] if first < len(chunk) else [], np.int64), starts])
-                starts = starts[(octets[starts] != 10) & (octets[starts] != 13)]
-                (starts + position).astype(np.int64).tofile(out)
-                new_line = chunk[-1] == 10
-                position += len(chunk)
-                progress.add(len(chunk))
-        publish(temporary, target)
-    if target.stat().st_size == 0:
-        return np.zeros(0, np.int64)
-    return np.memmap(target, np.int64, mode="r")
+def line_index(path):
+    """Every line that is not empty, (n,) LINE, a DiskArray. Found once, then kept in the cache."""
+    return DiskArray(once(cache_path(path, "lines"), functools.partial(write_line_index, path)), LINE)
+
+
+def write_line_index(path, target):
+    progress = Progress(f"indexing {path.name}", path.stat().st_size)
+    number, new_line = 1, True                               # the line of the next byte; whether it starts one
+    with open(path, "rb") as source, open(target, "wb") as out:
+        position = len(BOM) if source.read(len(BOM)) == BOM else 0
+        source.seek(position)
+        while chunk := source.read(CHUNK):
+            octets = np.frombuffer(chunk, np.uint8)
+            starts = np.flatnonzero(octets[:-1] == 10) + 1
+            lines = np.empty(len(starts) + new_line, LINE)
+            lines["start"][new_line:] = starts
+            lines["number"] = number + np.arange(len(lines)) + (not new_line)
+            lines["start"][:new_line] = 0
+            first = octets[lines["start"]]
+            lines = lines[(first != 10) & (first != 13)]
+            lines["start"] += position
+            lines.tofile(out)
+            number += len(starts) + (chunk[-1] == 10)
+            position, new_line = position + len(chunk), chunk[-1] == 10
+            progress.add(len(chunk))
 
 
 def line_number(path, offset):
@@ -188,41 +295,39 @@ def line_number(path, offset):
 
 
 class JsonlFile:
-    """The records of one .jsonl or .jsonl.gz file by number. Holds offsets only; a line is read when asked for."""
+    """The records of one .jsonl or .jsonl.gz file by number; a line is read when asked for."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
         self.plain = unpacked(self.path)
-        self.starts = line_starts(self.plain)
-        if not len(self.starts):
+        self.lines = line_index(self.plain)
+        if not len(self.lines):
             raise UserError(f"{self.path}: the file is empty; it must hold one JSON object per line")
 
     def __len__(self):
-        return len(self.starts)
-
-    def __reduce__(self):    # a pickled memmap would carry the whole index along
-        return JsonlFile, (self.path,)
+        return len(self.lines)
 
     def where(self, number):
         """`file:line` of a record."""
-        return f"{self.path}:{line_number(self.plain, int(self.starts[number]))}"
+        return f"{self.path}:{self.lines[number]['number']}"
 
     def record(self, number, kind=None):
         """(Record `number` in its plain shape, problems of its markup), see `parse_record`. UserError: a bad line."""
         with open(self.plain, "rb") as file:
-            file.seek(int(self.starts[number]))
+            file.seek(int(self.lines[number]["start"]))
             try:
                 return parse_record(load_json(file.readline()), kind)
             except BadRecord as error:
                 raise UserError(f"{self.where(number)}: {error}") from None
 
-    def each(self, kind=None):
-        """Yield (number, record, problems) of every line in order; the record of a bad line is the BadRecord."""
+    def each(self, kind=None, first=0, last=None):
+        """Yield (number, record, problems) of records first … last - 1; the record of a bad line is the BadRecord."""
+        numbers = range(len(self))[first:last]
         with open(self.plain, "rb") as file:
-            for number, start in enumerate(self.starts):
-                file.seek(int(start))
+            file.seek(int(self.lines[first]["start"]))
+            for number, line in zip(numbers, (line for line in file if line[0] not in b"\r\n"), strict=False):
                 try:
-                    yield number, *parse_record(load_json(file.readline()), kind)
+                    yield number, *parse_record(load_json(line), kind)
                 except BadRecord as error:
                     yield number, error, []
 
@@ -249,7 +354,7 @@ def records(paths, kind=None, on_bad_record="stop"):
     """Yield every record of `paths` in its plain shape (see above).
 
     kind: "document", "chat", "preference", "prompt", or None to tell by the record's keys. A .txt file comes as
-    documents of about 1 MiB. on_bad_record: "stop" raises UserError with file:line; "skip" leaves the line out and
+    documents of about 64 KiB. on_bad_record: "stop" raises UserError with file:line; "skip" leaves the line out and
     says on stderr how many there were.
     """
     for path in find_files(paths):
@@ -275,8 +380,7 @@ class Tally:
         self.counts = {"skipped": 0, "first_skipped": "", "malformed": 0, "first_malformed": ""}
 
     def accept(self, record, problems, where):
-        """True if the record can be used. `record` may be the BadRecord that reading it raised; where() its place,
-        called only for what is reported: finding a line's number takes long."""
+        """True if the record can be used. `record` may be the BadRecord that reading it raised; where() its place."""
         if isinstance(record, BadRecord):
             if self.on_bad_record == "stop":
                 raise UserError(f"{where()}: {record}")
@@ -315,9 +419,9 @@ def texts(paths, on_bad_record="stop"):
 
 
 def text_pieces(path, start=0, end=None):
-    """Yield the bytes [start, end) of a .txt file as strings of about 1 MiB, cut after a line end.
+    """Yield the bytes [start, end) of a .txt file as strings of about 64 KiB, cut after a line end.
 
-    A line of more than 1 MiB is cut between two characters. UserError: bytes that are not UTF-8, or no text at all.
+    A line of more than 64 KiB is cut between two characters. UserError: bytes that are not UTF-8, or no text at all.
     """
     path = pathlib.Path(path)
     plain = unpacked(path)
@@ -344,20 +448,27 @@ def text_pieces(path, start=0, end=None):
 
 
 def text_cut(path, fraction):
-    """Byte offset after the first int(fraction * n) of the n characters of a .txt file."""
+    """Byte offset after the first int(fraction * n) of the n characters of a .txt file; kept in the cache."""
     plain = unpacked(pathlib.Path(path))
+    target = once(cache_path(plain, f"cut-{fraction}"), functools.partial(write_text_cut, plain, fraction))
+    return int(target.read_text(encoding="ascii"))
 
-    def characters():    # yields, per chunk, where in it a character starts
-        with open(plain, "rb") as file:
+
+def write_text_cut(path, fraction, target):
+    def characters():    # yields, per chunk, at which of its bytes a character starts
+        with open(path, "rb") as file:
             while chunk := file.read(CHUNK):
-                yield np.flatnonzero((np.frombuffer(chunk, np.uint8) & 0xC0) != 0x80)
+                yield (np.frombuffer(chunk, np.uint8) & 0xC0) != 0x80
 
-    wanted = int(fraction * sum(len(starts) for starts in characters()))
-    for chunk_number, starts in enumerate(characters()):
-        if wanted < len(starts):
-            return chunk_number * CHUNK + int(starts[wanted])
-        wanted -= len(starts)
-    return plain.stat().st_size
+    wanted = int(fraction * sum(int(np.count_nonzero(starts)) for starts in characters()))
+    cut = 0
+    for starts in characters():
+        count = int(np.count_nonzero(starts))
+        if wanted < count:
+            cut += int(np.flatnonzero(starts)[wanted])
+            break
+        wanted, cut = wanted - count, cut + len(starts)
+    target.write_text(str(cut), encoding="ascii")
 
 
 # --- shapes
@@ -398,7 +509,18 @@ def parse_record(record, kind=None):
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     rest = {key: value for key, value in record.items() if key not in CONVERSATION_KEYS}
+    if field == "question" and "checker" not in record:
+        rest |= final_result(record["answer"])
     return {"answer": None, "checker": None, **rest, "messages": messages, "tools": tools}, problems
+
+
+def final_result(answer):
+    """What a worked answer comes to, and how to check it. GSM8K writes the result after ####: "16 - 9 = 7\n#### 7"."""
+    result = answer.rpartition("####")[2].strip()
+    number = result.replace(",", "")
+    if re.fullmatch(r"-?\d+", number):
+        return {"answer": number, "checker": "number"}
+    return {"answer": result, "checker": "phrase"}
 
 
 def guess_kind(record):
@@ -461,6 +583,9 @@ def parse_conversation(record, problems):
             field, messages = "instruction", [{"role": "user", "content": question}]
             if "output" in record:
                 messages = messages + parse_reply(record, "output", problems)
+        elif "question" in record:
+            field, messages = "question", [{"role": "user", "content": string(record, "question")}]
+            messages = messages + parse_reply(record, "answer", problems)
         elif "text" in record:
             raise BadRecord('a document ("text") where a conversation is needed; only pretraining reads documents')
         else:

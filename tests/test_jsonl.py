@@ -8,7 +8,17 @@ import pickle
 import pytest
 
 from dataset import jsonl
-from dataset.jsonl import JsonlFile, find_files, line_starts, parse_record, records, text_cut, text_pieces, texts
+from dataset.builtin.checkers import check
+from dataset.jsonl import (
+    JsonlFile,
+    find_files,
+    line_index,
+    parse_record,
+    records,
+    text_cut,
+    text_pieces,
+    texts,
+)
 from model.errors import UserError
 
 REAL = pathlib.Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -55,6 +65,7 @@ SHAPES = {
         {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}], "tools": None}),
     "tools as text": ({"conversations": [SYSTEM | {"tools": '[{"name": "add"}]'}, USER, ASSISTANT]},
                       {"messages": [SYSTEM, USER, ASSISTANT], "tools": [{"name": "add"}]}),
+    "question": ({"question": "Hi", "answer": "Hello"}, CHAT),
     "lifted": ({"messages": [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n<answer>4</answer>"}]},
                {"messages": [USER, {"role": "assistant", "content": "", "reasoning_content": "hm", "answer": "4"}],
                 "tools": None}),
@@ -85,6 +96,23 @@ def test_kind_decides_where_the_keys_do_not():
     assert parse_record({"prompt": "Hi"}, "prompt")[0] == {"messages": [USER], **nothing}
 
 
+WORKED = "He has 1,000 + 80 = <<1000+80=1080>>1080.\n#### 1,080"
+
+
+@pytest.mark.parametrize("answer, expected, checker", [
+    (WORKED, "1080", "number"), ("#### -5", "-5", "number"), ("7", "7", "number"), ("Paris", "Paris", "phrase"),
+    ("It is 2.5.\n#### 2.5", "2.5", "phrase")])
+def test_a_question_with_its_worked_answer(answer, expected, checker):
+    record = {"question": "How much?", "answer": answer, "level": 3}
+    chat, prompt = (parse_record(record, kind)[0] for kind in ("chat", "prompt"))
+    asked = {"role": "user", "content": "How much?"}
+    assert chat["messages"] == [asked, {"role": "assistant", "content": answer}]
+    assert prompt == {"messages": [asked], "tools": None, "answer": expected, "checker": checker, "level": 3}
+    assert check(checker, f"I think it is {expected}", prompt["answer"])
+    named = parse_record({**record, "checker": "letters"}, "prompt")[0]
+    assert (named["checker"], named["answer"]) == ("letters", answer)
+
+
 def test_markup_in_a_users_text_stays_text():
     said = {"role": "user", "content": "<think>x</think><|im_end|>"}
     assert parse_record({"messages": [said, ASSISTANT]})[0]["messages"][0] == said
@@ -103,7 +131,8 @@ MISTAKES = {
     "deep": ("[" * 100_000, "not valid JSON"),
     "list": ("[1]", "a JSON list where an object"),
     "surrogate": ('{"text": "\\ud83d"}', "not a character"),
-    "unknown": ({"question": "a"}, "'question'"),
+    "unknown": ({"query": "a"}, "'query'"),
+    "no answer": ({"question": "a"}, 'no "answer" here'),
     "no completion": ({"chosen": [USER, ASSISTANT]}, 'no "rejected"'),
     "text type": ({"text": 3}, '"text" is a int and must be a string'),
     "empty": ({"messages": []}, '"messages" must be a list of messages'),
@@ -221,7 +250,7 @@ def test_a_cut_gz_file(tmp_path):
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
     with pytest.raises(UserError, match="not a whole gzip file"):
         list(records(path))
-    assert not list(jsonl.CACHE.glob("*"))
+    assert not [file for file in jsonl.CACHE.iterdir() if file.suffix != ".lock"]
 
 
 def test_odd_line_ends(tmp_path):
@@ -229,6 +258,9 @@ def test_odd_line_ends(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n\n{"text": "b"}')
     assert [record["text"] for record in records(path)] == ["a", "b"]
     assert JsonlFile(path).where(1) == f"{path}:4"
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(UserError, match="the file is empty"):
+        JsonlFile(path)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
@@ -237,8 +269,8 @@ def test_the_index_does_not_depend_on_chunks(chunk, tmp_path, monkeypatch):
     content = b'{"a": 1}\n\n{"b": 2}\r\n\r\n{}\n'
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    assert line_starts(path).tolist() == [0, 10, 22]
-    assert [content[start:start + 1] for start in line_starts(path)] == [b"{"] * 3
+    assert line_index(path)[:].tolist() == [(0, 1), (10, 3), (22, 5)]
+    assert [content[line["start"]:][:1] for line in line_index(path)] == [b"{"] * 3
 
 
 def test_the_index_is_kept_and_follows_the_file(tmp_path, monkeypatch):
@@ -249,13 +281,13 @@ def test_the_index_is_kept_and_follows_the_file(tmp_path, monkeypatch):
         assert len(JsonlFile(path)) == 1
     write(path, {"text": "a"}, {"text": "b"})
     assert len(JsonlFile(path)) == 2
-    assert len(list(jsonl.CACHE.glob("*.int64"))) == 2 and [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+    assert len(list(jsonl.CACHE.glob("*-lines"))) == 2 and [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_file_is_not_held_in_memory(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"text": "x" * 10_000}] * 200)
     file = JsonlFile(path)
-    assert file.starts.nbytes == 8 * 200
+    assert file.lines.path.stat().st_size == 16 * 200
     assert len(pickle.dumps(file)) < 1000 and pickle.loads(pickle.dumps(file)).record(199) == file.record(199)
 
 

@@ -6,18 +6,20 @@ import json
 import os
 import pickle
 import random
-import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from dataset import jsonl, lm_dataset
-from dataset.lm_dataset import PretrainDataset, SFTDataset, collate, held_out, plan_rows, render_to_fit
+from dataset import jsonl, lm_dataset, tokens
+from dataset.lm_dataset import PretrainDataset, SFTDataset, collate, held_out, plan_rows
+from dataset.tokens import render_to_fit
 from model.config import ModelConfig
 from model.errors import UserError
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
+from trainer.batches import row_stream
 
 WORDS = "the cat sat on a mat and looked at two small birds in the old tree 汉字 🙂 12 + 7 = 19".split()
 
@@ -81,14 +83,15 @@ def lengths_of(seed):
 def test_cut_rows_predict_every_token_once_and_are_full(first):
     for seed in range(first, first + 100):
         lengths, max_len = lengths_of(seed)
-        pieces, rows = plan_rows(lengths, max_len, cut=True)
-        predicted = sorted((text, token) for text, start, end in pieces.tolist() for token in range(start + 1, end))
+        rows = list(plan_rows(lengths, max_len, cut=True))
+        pieces = [piece for row in rows for piece in row]
+        predicted = sorted((text, token) for text, start, end in pieces for token in range(start + 1, end))
         assert predicted == [(text, token) for text, length in enumerate(lengths) for token in range(1, length)]
-        assert (pieces[:, 2] - pieces[:, 1] >= 2).all() or max_len < 4
-        used = [int((pieces[a:b, 2] - pieces[a:b, 1]).sum()) for a, b in itertools.pairwise(rows.tolist())]
+        assert all(end - start >= 2 for _, start, end in pieces) or max_len < 4
+        used = [sum(end - start for _, start, end in row) for row in rows]
         assert all(0 < total <= max_len for total in used)
-        for row, total in list(enumerate(used))[:-1]:
-            only_pairs = (pieces[rows[row + 1]:, 2] - pieces[rows[row + 1]:, 1] == 2).all()
+        for number, total in list(enumerate(used))[:-1]:
+            only_pairs = all(end - start == 2 for row in rows[number + 1:] for _, start, end in row)
             assert total == max_len or (total == max_len - 1 and only_pairs)
 
 
@@ -97,23 +100,23 @@ def test_whole_rows_hold_each_text_once_and_uncut(first):
     for seed in range(first, first + 100):
         lengths, max_len = lengths_of(seed)
         lengths = [min(length, max_len) for length in lengths]
-        pieces, rows = plan_rows(lengths, max_len, cut=False)
-        assert sorted(pieces.tolist()) == [[text, 0, length] for text, length in enumerate(lengths) if length]
-        used = [int(pieces[a:b, 2].sum()) for a, b in itertools.pairwise(rows.tolist())]
+        rows = list(plan_rows(lengths, max_len, cut=False))
+        assert sorted(piece for row in rows for piece in row) == [
+            (text, 0, length) for text, length in enumerate(lengths) if length]
+        used = [sum(length for _, _, length in row) for row in rows]
         assert all(0 < total <= max_len for total in used)
         assert all(used[row] + used[row + 1] > max_len for row in range(len(used) - 1))
 
 
 def test_a_long_text_fills_rows_in_order():
-    pieces, rows = plan_rows([25], 8, cut=True)
-    assert pieces.tolist() == [[0, 0, 8], [0, 7, 15], [0, 14, 22], [0, 21, 25]] and rows.tolist() == [0, 1, 2, 3, 4]
+    assert list(plan_rows([25], 8, cut=True)) == [[(0, 0, 8)], [(0, 7, 15)], [(0, 14, 22)], [(0, 21, 25)]]
 
 
 def test_packing_wastes_little():
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4, 1, 5000), 3, 512).astype(int)
-    _, rows = plan_rows(lengths, 512, cut=False)
-    assert lengths.sum() / (512 * (len(rows) - 1)) > 0.99
+    rows = list(plan_rows(lengths, 512, cut=False))
+    assert lengths.sum() / (512 * len(rows)) > 0.99
 
 
 # --- documents
@@ -138,7 +141,8 @@ def test_documents_are_whole_tokens_between_end_marks(tmp_path, tokenizer):
             assert mask == [0] + [1] * (len(ids) - 1) and positions == list(range(len(ids)))
     assert data.report | {"padding": 0, "cut": 0} == {
         "files": 1, "records": 40, "documents": 40, "dropped": 0, "cut": 0, "rows": len(data), "padding": 0,
-        "tokens": sum(map(len, expected)), "loss_tokens": len(targets), "skipped": 0, "malformed": 0,
+        "shortened": 0, "tokens_lost": 0, "tokens": sum(map(len, expected)),
+        "loss_tokens": len(targets), "skipped": 0, "malformed": 0,
         "bytes": sum(len(text.encode()) for text in texts)}
     assert sum(int(tokenizer.token_bytes[t]) for t in targets) == data.report["bytes"]
 
@@ -191,18 +195,18 @@ def test_files_of_both_kinds_together(tmp_path, tokenizer):
 def test_splits_are_disjoint_and_depend_on_seed_and_count_only(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"text": f"<{number}>"} for number in range(100)])
 
-    def read(split, **options):
+    def lines(split, path=path, **options):
         data = PretrainDataset(path, tokenizer, max_len=16, split=split, **options)
-        ids = [segment for row in data for segment, _, _ in segments(row)]
-        return sorted(tokenizer.decode(ids) for ids in ids), data
+        found = {int(place.rpartition(":")[2]) for row in range(len(data)) for place in data.where(row)}
+        assert data.report["records"] == len(found)
+        return found
 
-    train, val, whole = (read(split, val_fraction=0.2)[1] for split in ("train", "val", "all"))
-    assert [data.report["records"] for data in (train, val, whole)] == [80, 20, 100]
-    assert not set(train.text_of) & set(val.text_of) and set(train.text_of) | set(val.text_of) == set(range(100))
-    assert read("val", seed=1)[0] == read("val", seed=1)[0] != read("val", seed=2)[0]
-    assert read("val", val_records=3)[1].report["records"] == 3
-    other = documents(tmp_path / "b.jsonl", 100)
-    assert PretrainDataset(other, tokenizer, 16, "val").text_of.tolist() == read("val")[1].text_of.tolist()
+    train, val, whole = (lines(split, val_fraction=0.2) for split in ("train", "val", "all"))
+    assert (len(train), len(val), len(whole)) == (80, 20, 100)
+    assert not train & val and train | val == whole == set(range(1, 101))
+    assert lines("val", seed=1) == lines("val", seed=1) != lines("val", seed=2)
+    assert len(lines("val", val_records=3)) == 3
+    assert lines("val", documents(tmp_path / "b.jsonl", 100)) == lines("val")
 
 
 def test_held_out_sizes():
@@ -237,12 +241,11 @@ def test_a_long_conversation_loses_its_oldest_turns_whole(tokenizer):
     system, last = record["messages"][:1], record["messages"][-2:]
     shortest = tokenizer.render(system + last)
     for max_len in range(8, len(whole) + 1):
-        ids, mask, dropped = render_to_fit(record, tokenizer, max_len)
-        kept = system + record["messages"][1 + 2 * dropped:]
-        assert (ids, mask) == (tokenizer.render(kept) if len(ids) else ([], []))
-        assert len(ids) <= max_len and bool(ids) == (max_len >= len(shortest[0]))
-        if dropped and ids:
-            assert len(tokenizer.render(system + record["messages"][2 * dropped - 1:])[0]) > max_len
+        ids, mask, lost = render_to_fit(record, tokenizer, max_len)
+        fitting = (rendered for dropped in range(3)
+                   if len((rendered := tokenizer.render(system + record["messages"][1 + 2 * dropped:]))[0]) <= max_len)
+        assert (ids, mask) == next(fitting, ([], [])) and lost == len(whole) - len(ids)
+        assert bool(ids) == (max_len >= len(shortest[0]))
 
 
 def test_what_answers_a_user_goes_with_it(tokenizer):
@@ -250,30 +253,32 @@ def test_what_answers_a_user_goes_with_it(tokenizer):
     messages = [{"role": "user", "content": "1"}, call, {"role": "tool", "content": "2"},
                 {"role": "assistant", "content": "3"}, *chat("4", "5")["conversations"]]
     whole = len(tokenizer.render(messages)[0])
-    ids, _, dropped = render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1)
-    assert dropped == 1 and ids == tokenizer.render(messages[4:])[0]
+    ids, _, lost = render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1)
+    assert lost == whole - len(ids) and ids == tokenizer.render(messages[4:])[0]
 
 
 def test_two_turns_of_a_user_go_together(tokenizer):
     messages = [*chat("1", "2")["conversations"], {"role": "user", "content": "3"}, *chat("4", "5")["conversations"]]
     whole = len(tokenizer.render(messages)[0])
-    ids, _, dropped = render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1)
-    assert dropped == 1 and ids == tokenizer.render(messages[2:])[0]
+    ids, _, lost = render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1)
+    assert lost == whole - len(ids) and ids == tokenizer.render(messages[2:])[0]
 
 
 def test_a_conversation_left_without_an_answer_is_dropped(tokenizer):
     messages = chat("1", "2", "3")["conversations"]
     whole = len(tokenizer.render(messages)[0])
     assert render_to_fit({"messages": messages, "tools": None}, tokenizer, whole)[0]
-    assert render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1) == ([], [], 1)
+    assert render_to_fit({"messages": messages, "tools": None}, tokenizer, whole - 1) == ([], [], whole)
 
 
 def test_what_cannot_fit_is_dropped_and_counted(tmp_path, tokenizer, capsys):
-    path = write(tmp_path / "a.jsonl", [chat("a", "b"), chat("a", "b " * 200), chat("a " * 200, "b", "c", "d"),
-                                        chat("a", "b", "c " * 200)])
+    records = [chat("a", "b"), chat("a", "b " * 200), chat("a " * 200, "b", "c", "d"), chat("a", "b", "c " * 200)]
+    path = write(tmp_path / "a.jsonl", records)
     data = SFTDataset(path, tokenizer, max_len=40)
     report = data.report
     assert (report["conversations"], report["dropped"], report["shortened"]) == (2, 2, 1)
+    assert report["tokens"] + report["tokens_lost"] == sum(
+        len(tokenizer.render(record["conversations"])[0]) for record in records)
     assert "2 conversations dropped" in capsys.readouterr().err
     with pytest.raises(UserError, match="none of the 4 conversations .* raise --max_len"):
         SFTDataset(path, tokenizer, max_len=4)
@@ -304,7 +309,7 @@ def test_bad_records_stop_or_are_skipped(tmp_path, tokenizer, capsys):
     for _ in range(2):
         with pytest.raises(UserError, match=r"a\.jsonl:2: no \"text\" here"):
             PretrainDataset(path, tokenizer, max_len=16)
-    assert not [file for file in jsonl.CACHE.iterdir() if file.is_dir() or file.suffix in (".lock", ".tmp")]
+    assert not [file for file in jsonl.CACHE.iterdir() if file.is_dir()]
     for _ in range(2):
         data = PretrainDataset(path, tokenizer, max_len=16, on_bad_record="skip")
         assert (data.report["skipped"], data.report["documents"]) == (1, 2)
@@ -353,7 +358,7 @@ def test_tokens_are_computed_once_until_something_changes(tmp_path, tokenizer, m
     os.utime(path, (1, 1))
     PretrainDataset(path, counting, max_len=32)
     assert counting.count == 32
-    monkeypatch.setattr(lm_dataset, "code_fingerprint", lambda: "edited")
+    monkeypatch.setattr(tokens, "code_fingerprint", lambda *files: "edited")
     PretrainDataset(path, counting, max_len=32)
     assert counting.count == 43
 
@@ -394,14 +399,48 @@ def test_of_two_builders_at_once_one_builds(tmp_path, tokenizer):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         first, second = pool.map(lambda counting: PretrainDataset(path, counting, max_len=32), countings)
     assert sorted(counting.count for counting in countings) == [0, 3000] and first.report == second.report
-    assert not [file for file in jsonl.CACHE.iterdir() if file.suffix in (".lock", ".tmp")]
+    assert not list(jsonl.CACHE.glob("*.tmp"))
 
 
-def test_a_dead_builders_lock_is_taken_over(tmp_path):
-    lock = tmp_path / "x.lock"
-    assert lm_dataset.claim(lock) and not lm_dataset.claim(lock)
-    os.utime(lock, (time.time() - 61,) * 2)
-    assert lm_dataset.claim(lock) and not lm_dataset.claim(lock)
+# --- memory
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_texts_are_packed_in_groups_and_none_is_lost(cut, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(lm_dataset, "GROUP", 7)
+    paths = [documents(tmp_path / f"{number}.jsonl", 10 + number, seed=number) for number in range(3)]
+    if cut:
+        data = PretrainDataset(paths, tokenizer, max_len=24, split="train", val_fraction=0.3)
+        assert data.report["loss_tokens"] == sum(int(row["loss_mask"].sum()) for row in data)
+        assert data.report["records"] == 33 - 9
+    else:
+        paths = [chats(path, 10) for path in paths]
+        data = SFTDataset(paths, tokenizer, max_len=256)
+        assert sum(int(row["segment_ids"].max()) for row in data) == data.report["conversations"] == 30
+    assert data.report["padding"] == pytest.approx(np.mean([(row["segment_ids"] == 0).mean() for row in data]))
+
+
+def peak_memory(path, tokenizer):
+    """Bytes at the peak of opening a file for the first time and reading a few rows of it, numpy's arrays included."""
+    tracemalloc.start()
+    data = PretrainDataset(path, tokenizer, max_len=64, split="train")
+    stream = row_stream(data, 0)
+    assert all(data[stream(place)]["loss_mask"].any() for place in range(5))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path, tokenizer, monkeypatch):
+    """tests/bigdata.py is this on gigabytes, with the memory of the whole process."""
+    for module, name, value in ((tokens, "BATCH_CHARACTERS", 1 << 14), (lm_dataset, "GROUP", 1 << 10),
+                                (lm_dataset, "SLOTS", 1 << 12), (jsonl, "CHUNK", 1 << 16)):
+        monkeypatch.setattr(module, name, value)
+    sizes = (2_000, 16_000)
+    small, large = (peak_memory(write(tmp_path / f"{count}.jsonl", [{"text": f"text {n}"} for n in range(count)]),
+                                tokenizer) for count in sizes)
+    rows = sizes[1] // 10                                  # the order of an epoch is 8 bytes for each of the rows
+    assert large - small < 8 * rows + 20_000, (small, large)
 
 
 # --- in the model

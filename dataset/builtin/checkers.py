@@ -17,7 +17,8 @@ def final_answer(text):
 
 
 def number(text, expected):
-    """The last whole number in the text is the expected one: '92', 'The answer is 92.'"""
+    """The last whole number in the text is the expected one: '92', 'The answer is 92.', '$1,092'"""
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)                      # commas between thousands
     numbers = re.findall(r"(?<![\d.])-?\d+(?!\.?\d)", text)
     return bool(numbers) and int(numbers[-1]) == int(expected)
 

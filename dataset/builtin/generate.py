@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from dataset.builtin import stories
 from dataset.builtin.skills import SKILLS, draw, draw_all, quiz, reading
+from dataset.jsonl import parts_of, weight_of
 from model.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -116,13 +117,19 @@ def ensure(kind, folder=FOLDER):
 
 
 def resolve(data, kind):
-    """The --data of a script: "builtin" is the stage's own `kind`, "builtin:NAME" another kind, all else are paths."""
+    """The --data of a script with paths only: "builtin" is the stage's own `kind`, "builtin:NAME" another kind.
+
+    A weight stays behind its part: "builtin:sft:0.3" becomes "PATH:0.3".
+    """
     parts = []
-    for part in map(str.strip, str(data).split(",")):
-        name, _, other = part.partition(":")
-        if name == "builtin" and (other or kind) not in KINDS:
-            raise UserError(f"--data {part}: the built-in world has {', '.join(KINDS)}")
-        parts.append(str(ensure(other or kind)) if name == "builtin" else part)
+    for part in parts_of(data):
+        path, _ = weight_of(part)
+        name, _, other = path.partition(":")
+        if name == "builtin":
+            if (other or kind) not in KINDS:
+                raise UserError(f"--data {part}: the built-in world has {', '.join(KINDS)}")
+            part = str(ensure(other or kind)) + part[len(path):]
+        parts.append(part)
     return ",".join(parts)
 
 

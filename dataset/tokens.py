@@ -1,0 +1,348 @@
+"""Tokens on disk: the records of a file, tokenised once and kept in out/cache/.
+
+    store = token_store(path, "chat", tokenizer, max_len=512)
+    store.texts[7]                  where the tokens of record 7 are, and what is known about them (TEXT)
+    store.tokens[start:start + size], store.mask[start:start + size]
+
+A changed file, tokenizer, chat template or line of this code makes a new entry. Of several processes that want the same
+store one builds it. A large file is divided between as many processes as there are cores; each is this file, run as a
+script, and imports no more than it needs.
+"""
+
+import pathlib
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])   # the project root, not dataset/
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+from bisect import bisect_left, bisect_right
+
+import numpy as np
+
+from dataset import jsonl
+from dataset.jsonl import (
+    BadRecord,
+    DiskArray,
+    JsonlFile,
+    Progress,
+    Tally,
+    cache_path,
+    is_text,
+    once,
+    report_problems,
+    text_pieces,
+)
+from model.errors import UserError
+from model.tokenizer import Tokenizer
+
+BATCH_CHARACTERS = 1 << 18    # about this much text is tokenised at a time
+BATCH_PIECES = 16             # of a .txt file
+PART = 1 << 25                # bytes of a file that are worth a process of their own
+MOST_PROCESSES = 16
+
+# A text: its first token, its tokens, the raw UTF-8 bytes of what its loss is about, the loss_mask ones in it, and how
+# many tokens of the record did not fit. A record that was skipped or dropped is a text of size 0.
+TEXT = np.dtype([(name, np.int64) for name in ("start", "size", "num_bytes", "num_targets", "lost")])
+
+
+class TokenStore:
+    """What is on disk: texts (n,) TEXT, one for each record of the file at `path`; tokens; mask, None for documents."""
+
+    def __init__(self, folder, path):
+        self.folder, self.path = folder, path
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.texts = DiskArray(folder / "texts.bin", TEXT)
+        self.tokens = DiskArray(folder / "tokens.bin", self.meta["dtype"])
+        self.mask = DiskArray(folder / "mask.bin", np.uint8) if self.meta["has_mask"] else None
+
+    def where(self, start, size, token_bytes):
+        """The record that holds the tokens [start, start + size), as "file:line"; of a .txt file, the bytes."""
+        if not is_text(self.path):
+            return JsonlFile(self.path).where(bisect_right(self.texts, start, key=lambda text: text["start"]) - 1)
+
+        def bytes_of(begin, stop):
+            return sum(int(token_bytes[self.tokens[at:min(at + BATCH_CHARACTERS, stop)]].sum())
+                       for at in range(begin, stop, BATCH_CHARACTERS))
+
+        first = self.meta["first_byte"] + bytes_of(0, start)
+        return f"{self.path}: bytes {first}-{first + bytes_of(start, start + size)}"
+
+
+class StoreWriter:
+    """Writes the files of a TokenStore into a new folder, text by text. A context: leaving it closes the files."""
+
+    def __init__(self, folder, vocab_size, has_mask):
+        self.folder, self.has_mask = folder, has_mask
+        self.dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        self.start = self.written = 0                       # where the text being written starts; tokens so far
+        folder.mkdir()
+        self.files = contextlib.ExitStack()
+        self.tokens, self.mask, self.texts = (self.files.enter_context(open(folder / f"{name}.bin", "wb"))
+                                              for name in ("tokens", "mask", "texts"))
+
+    def extend(self, ids):
+        """Add ids to the text being written."""
+        self.tokens.write(np.asarray(ids, self.dtype))
+        self.written += len(ids)
+
+    def close_text(self, num_bytes=0, num_targets=0, mask=(), lost=0):
+        """End the text being written (of no tokens: the record was left out)."""
+        self.mask.write(np.asarray(mask, np.uint8))
+        self.texts.write(np.array((self.start, self.written - self.start, num_bytes, num_targets, lost), np.int64))
+        self.start = self.written
+
+    def finish(self, **meta):
+        meta = {"dtype": self.dtype, "has_mask": self.has_mask, **meta}
+        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.files.close()
+
+
+@functools.cache
+def code_fingerprint(*files):
+    """Hash of code: whoever edits it must not be shown what it made before."""
+    return hashlib.sha256(b"".join(pathlib.Path(file).read_bytes() for file in files)).hexdigest()
+
+
+def hashed(*parts):
+    """Twenty hex digits that stand for `parts`."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+def token_store(path, kind, tokenizer, on_bad_record="stop", **settings):
+    """The TokenStore of a file, from the cache or built now.
+
+    kind: "document" and "chat" records, or "text" for a .txt file. settings: what else decides the tokens: max_len for
+    chats, the bytes start … end for a text.
+    """
+    code = code_fingerprint(__file__, jsonl.__file__, sys.modules[Tokenizer.__module__].__file__)
+    key = hashed(code, tokenizer.fingerprint, tokenizer.chat_template if kind == "chat" else None, on_bad_record,
+                 settings)
+    task = {"path": str(path), "kind": kind, "on_bad_record": on_bad_record, "settings": settings}
+    store = TokenStore(once(cache_path(path, f"{kind}-{key}"), functools.partial(build, task, tokenizer)), path)
+    report_problems(path, store.meta)
+    return store
+
+
+def build(task, tokenizer, folder):
+    """Make the folder of a store: here, or for a large file in several processes."""
+    path = pathlib.Path(task["path"])
+    if task["kind"] == "text":
+        progress = Progress(f"tokenising {path.name}", task["settings"]["end"] - task["settings"]["start"])
+        return tokenise(task, tokenizer, folder, progress.add)
+    file = JsonlFile(path)
+    progress = Progress(f"tokenising {path.name}", len(file))
+    parts = min(cores(), MOST_PROCESSES, file.plain.stat().st_size // PART, len(file))
+    if parts < 2:
+        return tokenise({**task, "first": 0, "last": len(file)}, tokenizer, folder, progress.add)
+    bounds = np.linspace(0, len(file), parts + 1).astype(int).tolist()
+    tasks = [{**task, "first": first, "last": last} for first, last in itertools.pairwise(bounds)]
+    return tokenise_in_processes(tasks, tokenizer, folder, progress.add)
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def tokenise(task, tokenizer, folder, add):
+    """Write the store of a task into a new folder. add(n) is called for every n records (of a .txt file: bytes)."""
+    write = {"document": write_documents, "chat": write_chats, "text": write_text}[task["kind"]]
+    tally = Tally(task["on_bad_record"])
+    with StoreWriter(folder, tokenizer.vocab_size, has_mask=task["kind"] == "chat") as writer:
+        extra = write(task, tokenizer, writer, tally, add, **task["settings"])
+        writer.finish(**tally.counts, **extra)
+
+
+# --- the records of one file
+
+
+def records_of(task):
+    """(records of the part of the file that a task is about, `place`: record number → file:line)"""
+    file = JsonlFile(task["path"])
+    return file.each(task["kind"], task["first"], task["last"]), file.where
+
+
+def write_documents(task, tokenizer, writer, tally, add):
+    """Every {"text"} record of a jsonl file as <bos> text <eos>."""
+    records, place = records_of(task)
+    texts, characters = [], 0                               # None: a record without text
+
+    def flush():
+        encoded = iter(tokenizer.encode_batch([text for text in texts if text]))
+        for text in texts:
+            if text:
+                ids = next(encoded)
+                writer.extend([tokenizer.bos_id, *ids, tokenizer.eos_id])
+                writer.close_text(len(text.encode()), len(ids) + 1)
+            else:
+                writer.close_text()
+        add(len(texts))
+        texts.clear()
+
+    for number, record, problems in records:
+        usable = tally.accept(record, problems, functools.partial(place, number))
+        texts.append(record["text"] if usable else None)
+        characters += len(texts[-1] or "")
+        if characters > BATCH_CHARACTERS or len(texts) > 10_000:
+            flush()
+            characters = 0
+    flush()
+    return {}
+
+
+def write_text(task, tokenizer, writer, tally, add, start, end):
+    """The bytes [start, end) of a .txt file as one document."""
+    writer.extend([tokenizer.bos_id])
+    pieces, num_bytes = text_pieces(task["path"], start, end), 0
+    while batch := list(itertools.islice(pieces, BATCH_PIECES)):
+        for ids in tokenizer.encode_batch(batch):           # on all cores, where the library can
+            writer.extend(ids)
+        size = sum(len(piece.encode()) for piece in batch)
+        num_bytes += size
+        add(size)
+    writer.extend([tokenizer.eos_id])
+    writer.close_text(num_bytes, writer.written - 1)
+    return {"first_byte": start}
+
+
+def write_chats(task, tokenizer, writer, tally, add, max_len):
+    """Every conversation of a jsonl file with its mask, shortened to max_len by whole turns."""
+    records, place = records_of(task)
+    too_long = 0
+    for number, record, problems in records:
+        ids, mask, lost = [], [], 0
+        where = functools.partial(place, number)
+        if tally.accept(record, problems, where):
+            try:
+                ids, mask, lost = render_to_fit(record, tokenizer, max_len)
+            except UserError as error:                      # the chat template refuses
+                tally.accept(BadRecord(str(error)), [], where)
+            else:
+                too_long += not ids
+        mask[:1] = [0] * len(mask[:1])
+        writer.extend(ids)
+        targets = np.asarray(ids, np.int64)[np.asarray(mask, bool)]
+        writer.close_text(int(tokenizer.token_bytes[targets].sum()), len(targets), mask, lost)
+        if (number + 1) % 100 == 0:
+            add(100)
+    return {"too_long": too_long}
+
+
+def render_to_fit(record, tokenizer, max_len):
+    """(ids, mask, tokens lost) of a chat record in at most max_len tokens; ids is [] if that cannot be.
+
+    What does not fit loses its oldest exchange (a user's turn with all that answers it), then the next, never part
+    of one; the system turn stays. It cannot be where even the last exchange is too long or holds no target.
+    """
+    messages = record["messages"]
+    system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+    starts = [number for number, message in enumerate(rest)
+              if message["role"] == "user" and (number == 0 or rest[number - 1]["role"] != "user")]
+
+    def render(first):
+        return tokenizer.render(system + rest[first:], tools=record["tools"])
+
+    ids, mask = render(0)
+    whole = len(ids)
+    if whole > max_len:                                     # the fewer exchanges, the fewer tokens
+        first = bisect_left(starts, True, lo=1, key=lambda start: len(render(start)[0]) <= max_len)
+        ids, mask = render(starts[first]) if first < len(starts) else ([], [])
+    if not any(mask[1:]):
+        ids, mask = [], []
+    return ids, mask, whole - len(ids)
+
+
+# --- several processes
+
+
+def tokenise_in_processes(tasks, tokenizer, folder, add):
+    """As `tokenise`, a process for each task: parts of one file, in its order."""
+    folder.mkdir()
+    tokenizer.save(folder / "tokenizer")
+    parts = [folder / str(number) for number in range(len(tasks))]
+    children = []
+    pool = concurrent.futures.ThreadPoolExecutor(len(tasks))
+    try:
+        for task, part in zip(tasks, parts, strict=True):
+            child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}, text=True)
+            children.append(child)
+            child.stdin.write(json.dumps({**task, "tokenizer": str(folder / "tokenizer"), "folder": str(part),
+                                          "cache": str(jsonl.CACHE)}))
+            child.stdin.close()
+        for _ in pool.map(functools.partial(follow, add=add), children):
+            pass                                            # in order: of two errors, the first in the file is told
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+        pool.shutdown()
+        for child in children:
+            child.stdout.close()
+    join_parts(parts, folder)
+    shutil.rmtree(folder / "tokenizer")
+
+
+def follow(child, add):
+    """Read what a child process says until it ends: numbers of records done, or what is wrong with one."""
+    for line in child.stdout:
+        if line.startswith("{"):
+            raise UserError(json.loads(line)["error"])
+        add(int(line))
+    if child.wait():
+        raise RuntimeError(f"a process that tokenises ended with exit code {child.returncode}")
+
+
+def join_parts(parts, folder):
+    """Make one store in `folder` of those in `parts`, which go."""
+    metas = [json.loads((part / "meta.json").read_text(encoding="utf-8")) for part in parts]
+    merged = {name: sum(meta[name] for meta in metas) if isinstance(value, int) and not isinstance(value, bool)
+              else next((meta[name] for meta in metas if meta[name]), value) for name, value in metas[0].items()}
+    width, num_tokens = np.dtype(merged["dtype"]).itemsize, 0
+    with contextlib.ExitStack() as files:
+        tokens, mask, texts = (files.enter_context(open(folder / f"{name}.bin", "wb"))
+                               for name in ("tokens", "mask", "texts"))
+        for part in parts:
+            with open(part / "texts.bin", "rb") as source:
+                while len(some := np.fromfile(source, TEXT, 1 << 16)):
+                    some["start"] += num_tokens
+                    some.tofile(texts)
+            for name, target in (("tokens", tokens), ("mask", mask)):
+                with open(part / f"{name}.bin", "rb") as source:
+                    shutil.copyfileobj(source, target, jsonl.CHUNK)
+            num_tokens += (part / "tokens.bin").stat().st_size // width
+            shutil.rmtree(part)
+    (folder / "meta.json").write_text(json.dumps(merged), encoding="utf-8")
+
+
+def work():
+    """What a child process does: the task that it reads, saying how far it is. It ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's to answer
+    task = json.loads(sys.stdin.read())
+    jsonl.CACHE = pathlib.Path(task["cache"])
+    try:
+        tokenise(task, Tokenizer.load(task["tokenizer"]), pathlib.Path(task["folder"]),
+                 add=lambda number: print(number, flush=True))
+    except BrokenPipeError:                                 # the parent has gone
+        os._exit(1)
+    except (UserError, OSError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    work()
