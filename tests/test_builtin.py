@@ -313,7 +313,7 @@ def test_acorn_says_who_it_is(files):
 @pytest.mark.parametrize("name, expected, right, wrong", [
     ("number", "92", ["92", " 92.", "The answer is 92.", "34 + 58 = 92", "<answer>92</answer>", "<think>9</think>092"],
      ["", "9", "2", "92 or 93", "-92", "9.2", "92.5", "ninety-two", "<think>92", "<think>92</think>"]),
-    ("number", "1080", ["$1,080", "1080", "It is 1,080."], ["1,08", "1,0800", "80", "2,1080"]),
+    ("number", "1080", ["$1,080", "1080", "It is 1,080."], ["1,08", "1,0800", "80", "1 080"]),
     ("numbers", "2 4 9", ["2 4 9", "2, 4, 9.", "Sorted: 2 4 9"], ["2 4", "9 4 2", "249", "2 4 9 9", ""]),
     ("letters", "o l i m", ["o l i m", "olim", "o-l-i-m.", ' "o l i m"'],
      ["o l m i", "O L I M", "o l i m o", "", "olim is it"]),
