@@ -67,15 +67,16 @@ def hf_tensors(state: dict, tied: bool) -> dict:
 # ----------------------------------------------------------------------------------------------- saving
 
 
-def save_model(folder, model, tokenizer=None, dtype=None, card="", max_shard_bytes=5_000_000_000):
+def save_model(folder, model, tokenizer=None, dtype=None, card="", max_shard_bytes=5_000_000_000, weights=None):
     """Write `model` (a CausalLM) as a Hugging Face folder, all or nothing.
 
     tokenizer  saved along; None leaves the tokenizer files of the folder as they are
     dtype      of the stored weights; None = as they are in memory
     card       text of README.md, the model card; "" leaves the old one
+    weights    its state dict, where the tensors in the model itself are not whole (trainer/parallel.py)
     Other files in the folder are not touched. UserError when it cannot be written.
     """
-    tensors = hf_tensors(model.state_dict(), model.config.tie_word_embeddings)
+    tensors = hf_tensors(weights or model.state_dict(), model.config.tie_word_embeddings)
     save_folder(folder, model.config.to_hf(), tensors, tokenizer, dtype, card, max_shard_bytes)
 
 

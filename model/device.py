@@ -1,9 +1,17 @@
 """Where and how precisely things are computed: device, number format, process group, seeds, measured speed."""
 
+import atexit
 import contextlib
 import os
+import platform
 import random
+import re
+import signal
+import socket
+import subprocess
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +19,16 @@ import torch.distributed as dist
 
 from model.errors import UserError
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# Large tensors in huge pages (torch reads this when it makes the first tensor; Linux only): a step on a CPU makes and
+# drops hundreds of them, and with pages of 4 KB a tenth of its time goes into the system handing them out.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+RANK_TIMEOUT = timedelta(minutes=10)     # a rank that lets the others wait for so long is taken for lost
+ANSWER_SECONDS = 5                       # for the others to say that they are still there
+SETUP_TIMEOUT = timedelta(days=1)        # but reading data for the first time takes as long as it takes
 
 
 def pick_device(name="auto"):
@@ -41,9 +58,13 @@ def has_fast_bfloat16(device):
 
 
 def pick_dtype(name, device):
-    """The format of matrix products. `auto`: bfloat16 where the hardware is fast at it, float32 elsewhere."""
+    """The format of matrix products. `auto`: bfloat16 where the hardware is fast at it, float16 on the GPUs before
+    those that have tensor cores all the same (Volta, Turing), float32 elsewhere."""
+    if name == "auto" and not has_fast_bfloat16(device):
+        old_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        return torch.float16 if old_tensor_cores else torch.float32
     if name == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+        return torch.bfloat16
     if name not in DTYPES:
         raise UserError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -51,15 +72,54 @@ def pick_dtype(name, device):
 
 def autocast(device, dtype):
     """Context in which matrix products run in `dtype` while weights stay float32; nothing to do for float32."""
-    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype=dtype) if half else contextlib.nullcontext()
 
 
 def start_process_group(device):
     """Join the ranks that torchrun started: (rank, world_size). A plain `python` run is (0, 1)."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world_size
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=RANK_TIMEOUT)
+        dist.distributed_c10d._get_default_store().set(f"host of {rank}", socket.gethostname())
+        atexit.register(stop_process_group)
+    return rank, world_size
+
+
+def stop_process_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def explain_lost_ranks(error):
+    """One line about `error`, if it says that the ranks of this run cannot reach each other any more; else ""."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return ""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)          # torchrun ends what is left of a run: not before it has told
+    reason = str(error).splitlines()[0]
+    if not dist.is_initialized():
+        return f"the {world_size} ranks of this run did not find each other ({reason}); start the same on every host"
+    silent = silent_ranks()
+    who = f"no answer from {', '.join(silent)}" if silent else f"the ranks do not keep pace with each other ({reason})"
+    return (f"{who}: a process or a host was lost, or stopped for a reason that it told itself. The same command, on "
+            "every host, continues from the last save")
+
+
+def silent_ranks():
+    """Which ranks do not report within ANSWER_SECONDS of an operation that failed on all that are left."""
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER_SECONDS).close()
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
+        store.set(f"{dist.get_rank()} is there", "")
+        silent, end = range(dist.get_world_size()), time.monotonic() + ANSWER_SECONDS
+        while silent and time.monotonic() < end:
+            time.sleep(0.1)
+            silent = [rank for rank in silent if not store.check([f"{rank} is there"])]
+        return [f"rank {rank} ({store.get(f'host of {rank}').decode()})" for rank in silent]
+    except (OSError, dist.DistError):                      # the store is gone, with the host that kept it
+        return ["the host of rank 0"]
 
 
 def seed_all(seed):
@@ -101,3 +161,22 @@ def memory_in_use(device):
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def describe_machine(device):
+    """{"cpu", "cores", "instructions" (the vector units that torch uses), "gpu"}: to read a measured speed by."""
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else ""}
+
+
+def cpu_name():
+    """The processor as its maker calls it; its architecture where the system does not tell."""
+    try:
+        if platform.system() == "Linux":
+            told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+            names = re.findall(r"^model name\s*: (.+)$", told, re.MULTILINE)
+        else:                                                                     # on a Mac; Windows has no sysctl
+            names = [subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()]
+    except (OSError, subprocess.SubprocessError):
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -5,6 +5,8 @@ runs its main function through `run`, which prints that line and exits with code
 Anything else that goes wrong is a defect of this project and keeps its traceback.
 """
 
+import errno
+import os
 import sys
 
 
@@ -13,9 +15,25 @@ class UserError(Exception):
 
 
 def run(main, *args):
-    """Call `main(*args)` as a script's entry point; a `UserError` becomes one line on stderr and exit code 2."""
+    """Call `main(*args)` as a script's entry point; a `UserError` becomes one line on stderr and exit code 2.
+
+    So does a full disk; and a lost rank, whose host or process is gone, becomes one line on every other and code 1.
+    """
     try:
         return main(*args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error.filename or 'a file'}: no space left on the disk; make room and start the same command "
+              "again: a training run continues from its last save", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        from model.device import explain_lost_ranks  # here: it takes a second, and few scripts need it
+        told = explain_lost_ranks(error)
+        if not told:
+            raise
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        os._exit(1)                                        # sys.exit would wait for operations that never end

@@ -22,9 +22,12 @@ WORDS = "the a red blue old young cat dog tree river man bird sees likes finds e
 
 @pytest.fixture
 def documents(tmp_path):
+    return write_documents(tmp_path / "documents.jsonl")
+
+
+def write_documents(path):
     """A jsonl of 60 short documents of 5 to 60 words."""
     rng = random.Random(0)
-    path = tmp_path / "documents.jsonl"
     lines = [json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))}) for _ in range(60)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -32,13 +35,16 @@ def documents(tmp_path):
 
 @pytest.fixture
 def chats(tmp_path):
+    return write_chats(tmp_path / "chats.jsonl")
+
+
+def write_chats(path):
     """A jsonl of 60 one- or two-turn conversations of ragged lengths."""
     rng = random.Random(1)
 
     def turn(role, most):
         return {"role": role, "content": " ".join(rng.choices(WORDS, k=rng.randint(1, most)))}
 
-    path = tmp_path / "chats.jsonl"
     lines = [json.dumps({"conversations": [turn(role, 12) for _ in range(rng.randint(1, 2))
                                            for role in ("user", "assistant")]}) for _ in range(60)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

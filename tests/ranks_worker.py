@@ -1,9 +1,10 @@
-"""Run a train script as one of several ranks and keep what it computed: the reduced gradients and the final weights.
+"""Run train scripts as one of several ranks, one after the other, and keep what they computed.
 
-    torchrun --nproc_per_node 2 tests/ranks_worker.py train_pretrain FOLDER '{"data": ..., "out": ...}' [STEPS]
+    RANK=0 WORLD_SIZE=2 … python tests/ranks_worker.py FOLDER '[{"name": …, "script": "train_pretrain", "flags": {…}}]'
 
-With STEPS the process dies, as if killed, once it has computed so many gradients. FOLDER gets <world size>-<rank>.pt
-with {"gradients": one flat tensor per step, "weights": flat tensor}.
+A job with "die_at": n ends, as if killed, once it has computed n gradients. FOLDER gets <name>-<rank>.pt with
+{"gradients": the reduced gradient of each step, flat, "weights": flat, "rows": numbers of the rows of each step that
+this rank computed, "elements": of all parameters on this rank}. Sharded tensors are kept whole.
 """
 
 import importlib
@@ -11,29 +12,59 @@ import json
 import os
 import pathlib
 import sys
+from unittest import mock
 
-sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
 
 import torch
 
-torch.set_num_threads(1)
-
-name, folder, flags = sys.argv[1:4]
-last = int(sys.argv[4]) if len(sys.argv) > 4 else None
-script = importlib.import_module(f"trainer.{name}")
-update, seen = script.optimizer_step, {"gradients": []}
-
-
-def keep(model, *args):
-    seen["gradients"].append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    if len(seen["gradients"]) == last:
-        os._exit(9)
-    norm = update(model, *args)
-    seen["weights"] = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return norm
+from dataset import jsonl
+from model import device as devices
+from trainer import curves
+from trainer.parallel import full
+from trainer.preflight import local
 
 
-script.optimizer_step = keep
-script.main(script.Config(**json.loads(flags)))
-rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-torch.save(seen, pathlib.Path(folder, f"{world_size}-{rank}.pt"))
+class Killed(BaseException):
+    """Stands for the process dying at a place: nothing may catch it."""
+
+
+def run_job(folder, name, script, flags, die_at=None):
+    """Train in this process; returns what is kept."""
+    script = importlib.import_module(f"trainer.{script}")
+    update, batches = script.optimizer_step, script.batches
+    seen = {"gradients": [], "rows": []}
+
+    def keep(model, *args):
+        seen["gradients"].append(torch.cat([full(p.grad).flatten() for p in model.parameters()]))
+        seen["elements"] = sum(local(p).numel() for p in model.parameters())
+        if len(seen["gradients"]) == die_at:
+            raise Killed
+        norm = update(model, *args)
+        seen["weights"] = torch.cat([full(p.detach()).flatten() for p in model.parameters()])
+        return norm
+
+    def watch(*args):
+        for step, micro_batches, num_targets in batches(*args):
+            real = [row for b in micro_batches for row in b["rows"][b["segment_ids"].any(1)].tolist()]
+            seen["rows"].append(real)
+            yield step, micro_batches, num_targets
+
+    with (mock.patch.multiple(script, optimizer_step=keep, batches=watch),
+          mock.patch.object(curves, "report"), mock.patch.object(devices, "matmul_peak", lambda *_: 1e12)):   # slow
+        try:
+            script.main(script.Config(**flags))
+        except Killed:
+            pass
+    torch.save(seen, pathlib.Path(folder, f"{name}-{os.environ.get('RANK', 0)}.pt"))
+    return seen
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    jsonl.CACHE = pathlib.Path(sys.argv[1], "cache")
+    for job in json.loads(sys.argv[2]):
+        run_job(sys.argv[1], **job)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

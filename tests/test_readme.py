@@ -35,6 +35,8 @@ def test_commands_name_scripts_that_exist_and_flags_that_parse(command):
         return
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     flags = words[words.index(script) + 1:]
+    if flags and not flags[0].startswith("-"):                  # benchmark.py train
+        assert f'"{flags.pop(0)}"' in inspect.getsource(module), command
     if hasattr(module, "Config"):
         parse_args(module.Config, flags)                        # exits with 2 on an unknown flag or a wrong value
     else:
@@ -64,6 +66,15 @@ def test_the_figures_are_those_of_a_committed_run():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for line in (*stage_table(figures), *skill_table(figures), *figures["conversation"].splitlines()):
         assert line in lines or f"    {line}".rstrip() in lines, line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "results").glob("benchmark_*.json")), ids=lambda p: p.stem)
+def test_the_tables_of_speed_are_those_of_a_committed_run(path):
+    from scripts.benchmark import table
+    lines = [line for page in ("README.md", "scripts/README.md")
+             for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
+    for line in table(json.loads(path.read_text(encoding="utf-8"))):
+        assert line in lines, line
 
 
 def test_the_plain_commands_are_those_of_the_quickstart():

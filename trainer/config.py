@@ -15,7 +15,7 @@ STARTED = time.perf_counter()      # the first thing a script does: --max_minute
 @dataclass
 class TrainConfig:
     model: str = arg("", "checkpoint folder to start from: size, tokenizer and chat template come from it")
-    data: str = arg("builtin", "jsonl, jsonl.gz, txt, a folder, several by commas, or builtin")
+    data: str = arg("builtin", "jsonl, jsonl.gz, txt, a folder or builtin; several by commas, with shares as a:0.9,b:0.1")
     val_data: str = arg("", "held-out file; empty: a part of --data that training never sees")
     val_fraction: float = arg(0.1, "share held out: the end of a .txt, a seeded choice of jsonl records (1000 at most)")
     out: str = arg("", "run folder: checkpoint, metrics.jsonl, resume state (default: out/<stage>)")
@@ -25,7 +25,7 @@ class TrainConfig:
     max_steps: int = arg(0, "optimizer steps; 0 = as many as --epochs need")
     max_minutes: float = arg(0.0, "wall-clock budget, set-up included; how many steps fit is measured once; 0 = none")
     batch_size: int = arg(8, "sequences per optimizer step, over all ranks: 8 suits nano, 64 and more larger models")
-    micro_batch_size: int = arg(0, "sequences per forward pass on one rank; 0 = all of its share")
+    micro_batch_size: int = arg(0, "sequences per forward pass on one rank; 0 = as many of its share as fit")
     max_len: int = arg(256, "tokens in a row; longer documents are cut, longer conversations lose old turns")
 
     optimizer: str = arg("muon", "muon (matrices by Muon, the rest by AdamW) or adamw", choices=("muon", "adamw"))
@@ -38,23 +38,38 @@ class TrainConfig:
 
     eval_every: int = arg(100, "steps between held-out evaluations; 0 = only at the end")
     eval_rows: int = arg(128, "held-out rows of the evaluations on the way; the last one takes all")
+    early_stop: int = arg(0, "stop after so many evaluations without improvement and keep the best weights; 0 = off")
+    on_nonfinite: str = arg("stop", "an infinite or NaN loss or gradient: stop and name the records, or skip the step",
+                            choices=("stop", "skip"))
     sample_every: int = arg(200, "steps between printed samples; 0 = none")
     save_every: int = arg(100, "steps between saves; a killed run continues from the last one")
+    keep_saves: int = arg(1, "training states kept: the last so many (trainer/state.py says how to go back to one)")
     log_every: int = arg(10, "steps between progress lines")
+    tracker: str = arg("none", "show the run in SwanLab or Weights & Biases too (key: swanlab login, wandb login)",
+                       choices=("none", "swanlab", "wandb"))
+    tracker_mode: str = arg("cloud", "where to: cloud, offline (files to send later), local (SwanLab's own dashboard)",
+                            choices=("cloud", "offline", "local", "disabled"))
+    tracker_project: str = arg("acorn", "project that the run appears in")
 
     seed: int = arg(42, "seed of weights, order of data and samples")
     device: str = arg("auto", "auto, cpu, cuda or mps")
-    dtype: str = arg("auto", "format of matrix products: auto (bfloat16 where it is fast), float32, bfloat16, float64")
-    compile: bool = arg(False, "torch.compile the model: a minute of waiting, then faster steps")
+    dtype: str = arg("auto", "format of matrix products: auto (what is fast here), float32, bfloat16, float16, float64")
+    parallel: str = arg("ddp", "several ranks: ddp (each holds the model) or fsdp (each holds a part of it)",
+                        choices=("ddp", "fsdp"))
+    compile: str = arg("auto", "torch.compile the model, a minute of waiting and then faster steps: on, off, or auto "
+                       "(on if the run is long enough to pay for it)", choices=("auto", "on", "off"))
+    activation_checkpointing: bool = arg(False, "keep little of the forward pass and compute it again: less memory, "
+                                         "a third more time")
     on_bad_record: str = arg("stop", "a record that cannot be read: stop, or skip and count", choices=("stop", "skip"))
-    dry_run: bool = arg(False, "say what would be trained, print one row with its mask, and stop")
+    price_per_hour: float = arg(0.0, "price of the whole machine per hour: what the run will cost is told before it")
+    dry_run: bool = arg(False, "say what would be trained and what it costs, print a batch with its mask, and stop")
     overfit_batch: bool = arg(False, "sanity check: train on the first batch only; its loss must go to zero")
 
 
 MINIMIND_FLAGS = {   # what MiniMind users type: what answers it here
     "from_resume": "the same command again continues an unfinished run by itself",
-    "use_wandb": "metrics.jsonl in the run folder is the record",
-    "wandb_project": "metrics.jsonl in the run folder is the record",
+    "use_wandb": "it is --tracker swanlab or --tracker wandb",
+    "wandb_project": "it is --tracker swanlab|wandb with --tracker_project",
     "data_path": "it is --data",
     "learning_rate": "it is --lr",
     "max_seq_len": "it is --max_len",
@@ -69,5 +84,10 @@ MINIMIND_FLAGS = {   # what MiniMind users type: what answers it here
     "use_moe": "it is --size moe, at pretraining only",
     "num_workers": "not needed: tokens are read from a memory-mapped cache",
     "tokenizer_path": "it is --tokenizer nano|base|FOLDER, at pretraining only",
+    "lora_name": "it is --out FOLDER of train_lora.py",
+    "num_generations": "it belongs to the stages that sample (train_grpo.py …), under the same name",
+    "max_gen_len": "it is --max_new_tokens of the stages that sample (train_grpo.py …)",
+    "reasoning": "not needed: a stage thinks before it answers where its data and its model do (train_reason.py)",
+    "reward_model_path": "it is --reward_model FOLDER of the stages that sample (train_grpo.py …)",
     "ddp": "start with torchrun --nproc_per_node N and it is distributed",
 }

@@ -4,9 +4,11 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
 
 from model.moe import update_router_bias
+from trainer.parallel import full
 
 
 class Muon(Optimizer):
@@ -35,15 +37,30 @@ class Muon(Optimizer):
             for shape, params in same_shape.items():
                 updates = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(momentum, group["momentum"]))
                 stacked = torch.stack(updates).to(self.dtype)              # (n, rows, cols) or (n, E, rows, cols)
-                directions = orthogonalize(stacked.flatten(0, -3)).view_as(stacked)
+                directions = orthogonalize_all(stacked)
                 size = 0.2 * math.sqrt(max(shape[-2:]))
-                for p, direction in zip(params, directions, strict=True):
+                for number, p in enumerate(params):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(direction.to(p.dtype), alpha=-group["lr"] * size)
+                    p.add_(directions[number].to(p.dtype), alpha=-group["lr"] * size)
+
+
+def orthogonalize_all(stacked):
+    """`orthogonalize` of matrices (n, …, rows, cols); where they are sharded, every rank does some whole ones."""
+    if not isinstance(stacked, DTensor):
+        return orthogonalize(stacked.flatten(0, -3)).view_as(stacked)
+    before, rows = stacked.placements, stacked.dim() - 2
+    if before[0].is_shard(rows):                        # rows of every matrix -> all rows of some matrices, and back
+        stacked = stacked.redistribute(placements=[Shard(0)])
+    mine = orthogonalize_all(stacked.to_local())
+    shared = DTensor.from_local(mine, stacked.device_mesh, stacked.placements, run_check=False, shape=stacked.shape,
+                                stride=stacked.stride())
+    return shared.redistribute(placements=before)
 
 
 def orthogonalize(u, steps=5, eps=1e-7):
@@ -87,28 +104,46 @@ def lr_at(step, total_steps, cfg):
     wsd stays at lr and goes down linearly over the last 30 % of the steps; cosine goes down all the way; constant
     stays.
     """
-    warmup = min(cfg.warmup_steps, total_steps - 1)
+    warmup, down = turning_points(total_steps, cfg)
     if step < warmup:
         return cfg.lr * step / warmup
     if cfg.schedule == "constant":
         return cfg.lr
-    down = (total_steps - warmup) * (0.3 if cfg.schedule == "wsd" else 1.0)      # length of the way down
     progress = min(max(1 - (total_steps - step) / max(down, 1), 0.0), 1.0)       # 0 at its start, 1 at the last step
     if cfg.schedule == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))
     return cfg.lr * (1 - 0.9 * progress)
 
 
-def optimizer_step(model, optimizers, lr, grad_clip):
+def turning_points(total_steps, cfg):
+    """(warm-up steps, length of the way down in steps) of a schedule."""
+    warmup = min(cfg.warmup_steps, total_steps - 1)
+    return warmup, (total_steps - warmup) * {"wsd": 0.3, "cosine": 1.0, "constant": 0.0}[cfg.schedule]
+
+
+def optimizer_step(model, optimizers, lr, grad_clip, scaler=None, on_nonfinite="stop"):
     """Clip the gradient to norm `grad_clip`, update, clear; then balance the experts of a mixture that does it by bias.
 
+    scaler        of float16: the gradient is divided by what `Run.scale` multiplied the loss with
+    on_nonfinite  "skip": a gradient that is not finite changes nothing, neither weights nor moments nor balance. In
+                  float16 always: such a step is how the scaler finds out that its scale is too large.
     Returns the norm before clipping, a 0-d tensor.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if scaler is not None:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    left_out = (scaler is not None or on_nonfinite == "skip") and not norm.isfinite()      # here a GPU is waited for
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if not left_out:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    update_router_bias(model)
+    if scaler is not None:
+        scaler.update()
+    if left_out:
+        update_router_bias(model, u=0.0)                                 # forgets the load of this step, no more
+    else:
+        update_router_bias(model)
     return norm

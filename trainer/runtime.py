@@ -9,6 +9,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,16 +18,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dataset.lm_dataset import load_rows
 from eval.eval_loss import evaluate_loss
 from model import device as devices
 from model.checkpoint import save_model
 from model.errors import UserError
 from model.transformer import count_parameters
-from trainer import state
+from trainer import curves, parallel, preflight, state
 from trainer.config import STARTED
+from trainer.tracker import Tracker, warn_if_it_fails
+from trainer.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[1]
 MANY_EPOCHS = 1000        # a wall-clock budget alone decides how long to train
+PATHS = {"data", "val_data", "model", "out", "tokenizer", "chat_template"}      # may differ from host to host
+OVERFIT_STEPS = 200       # are enough to learn one batch by heart
 TRIAL_STEPS = (3, 8)      # with a wall-clock budget, the steps after the 3rd up to the 8th are timed to fit the rest
 
 
@@ -37,29 +43,41 @@ def setup(cfg, stage):
 
 class Run:
     def __init__(self, cfg, stage):
-        for name in ("batch_size", "max_len", "log_every"):
-            if getattr(cfg, name) < 1:
-                raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
         self.cfg, self.stage = cfg, stage
         self.out = Path(cfg.out or ROOT / "out" / stage)
         self.device = devices.pick_device(cfg.device)
         self.rank, self.world_size = devices.start_process_group(self.device)
         self.is_main = self.rank == 0
+        preflight.check_flags(cfg, self.world_size)
         # small messages between ranks go over the CPU, so that they never wait for the GPU
-        self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.control = (dist.new_group(backend="gloo", timeout=devices.RANK_TIMEOUT) if self.world_size > 1 else None)
+        self.parent_process = os.getppid()
         self.dtype = devices.pick_dtype(cfg.dtype, self.device)
         self.weights_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32      # master weights
         self.muon_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else self.weights_dtype
+        # float16 has no room for small gradients: the loss is scaled up, and the gradient down again before the update
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.dtype == torch.float16 else None
         devices.seed_all(cfg.seed)
-        state.check(cfg, self.out)
+        if done := self.on_main(lambda: state.check(cfg, self.out)):
+            self.print(done)
+            raise SystemExit(0)
+        self.check_newest_state()
+        # where a model is built: what will be cut up must not fill the device first
+        self.build_device = torch.device("cpu") if parallel.is_sharded(cfg, self.world_size) else self.device
         self.total_steps = self.last_place = 0
         self.tokens, self.earlier_seconds, self.budget_fitted = 0, 0.0, False
         self.aside = 0.0                       # seconds spent on evaluation, samples and saving since the last log line
         self.seconds_per_row = 0.0             # of a held-out evaluation
-        self.sums, self.window_targets, self.window_tokens = {}, 0, 0
+        self.sums, self.window_targets, self.window_tokens = {}, 0, 0       # since the last log line: on this rank
+        self.window_steps, self.window_seconds = 0, 0.0                     # and in earlier parts of the run
+        self.train_seconds = 0.0               # in the steps of all lines so far: no evaluation, samples or saving
         self.window_start = self.step_start = time.perf_counter()
         self.trial = []
-        self.metrics, self.held_out, self.signal = {}, {}, 0
+        self.metrics, self.held_out, self.signal, self.step = {}, {}, 0, 0
+        self.table_open = ""                   # the header above the last thing printed, if that was a progress line
+        self.tracker = Tracker(cfg, self.out, self.is_main)
+        self.watch = Watch(self)
+        self.planned_minutes = 0.0
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.on_signal)
@@ -68,12 +86,68 @@ class Run:
 
     def print(self, *args):
         """Print on rank 0."""
+        self.table_open = ""
         if self.is_main:
             print(*args, flush=True)
 
     def barrier(self):
         if self.world_size > 1:
             dist.barrier(self.control)
+
+    def gather(self, value):
+        """The values of all ranks in a list, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, function):
+        """What function() returns on rank 0, which alone reads and writes the run folder; on every rank.
+
+        A UserError there ends all ranks, and is told once.
+        """
+        answer = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = function()
+            except UserError as error:
+                answer[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(answer, 0, group=self.control)
+        result, error = answer
+        if error is not None:
+            raise error if self.is_main else SystemExit(2)
+        return result
+
+    def check_newest_state(self):
+        """UserError when another host's run folder is ahead of rank 0's, so that continuing would lose work."""
+        if self.world_size == 1 or self.cfg.overwrite or self.cfg.dry_run:
+            return
+        _, saved = state.latest(self.out)
+        steps = self.gather((saved["step"] if saved else 0, socket.gethostname()))
+        newest = steps.index(max(steps, key=lambda entry: entry[0]))
+        if self.is_main and steps[newest][0] > steps[0][0]:
+            raise UserError(f"rank {newest} on {steps[newest][1]} has a state after step {steps[newest][0]} in "
+                            f"{self.out}, and rank 0 on {steps[0][1]}, which writes it, has one after step "
+                            f"{steps[0][0]}: copy {self.out / 'resume'} there, or use a folder that both hosts see")
+
+    def check_agreement(self):
+        """Wait for all ranks, then UserError when one was started with other flags or found other data."""
+        if self.world_size == 1:
+            return
+        dist.monitored_barrier(self.control, timeout=devices.SETUP_TIMEOUT)      # one may still be reading its data
+        mine = {f"--{name} {value}" for name, value in state.settings(self.cfg).items() if name not in PATHS}
+        everyone = self.gather((socket.gethostname(), mine | {f"{self.train_rows} rows of data"}))
+
+        def compare():
+            for rank, (host, settings) in enumerate(everyone):
+                if settings != everyone[0][1]:
+                    raise UserError(f"rank {rank} on {host} has {', '.join(sorted(settings - everyone[0][1]))}, and "
+                                    f"rank 0 on {everyone[0][0]} {', '.join(sorted(everyone[0][1] - settings))}; give "
+                                    "every host the same flags and the same data")
+
+        self.on_main(compare)
 
     def sum_over_ranks(self, number):
         """Sum of an int over all ranks, on every rank."""
@@ -84,29 +158,29 @@ class Run:
         return int(total)
 
     def wrap(self, model):
-        """The module that the loss goes through: `model` itself, or DDP around it, which sums gradients over ranks."""
-        model.train()
-        if self.cfg.compile:
-            model.compile()                    # in place: names of parameters stay as they are
-        if self.world_size == 1:
-            return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        """The module that the loss goes through: `model` itself, or what trainer/parallel.py makes of it."""
+        return parallel.wrap(model.train(), self.cfg, self.device, self.dtype, self.world_size, self.control)
 
     def accumulate(self, wrapped, micro_batches):
-        """The micro-batches of a step; ranks exchange gradients only in the last backward pass."""
+        """The micro-batches of a step, each to be followed by its forward and backward pass."""
         for number, batch in enumerate(micro_batches, start=1):
-            if self.world_size > 1:
-                wrapped.require_backward_grad_sync = number == len(micro_batches)
+            parallel.accumulating(wrapped, last=number == len(micro_batches))
+            self.batch = batch
             yield batch
 
     def autocast(self):
         return devices.autocast(self.device, self.dtype)
 
+    def scale(self, loss):
+        """The loss to differentiate: itself, but in float16 multiplied by what `optimizer_step` divides by."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
     def to_device(self, batch):
         """A batch on the device; how many real tokens and targets it has goes into the counts of the log."""
         self.window_tokens += int((batch["segment_ids"] > 0).sum())
         self.window_targets += int(batch["loss_mask"].sum())
+        if self.device.type == "cuda":                     # copied while the GPU computes: only pinned memory can be
+            batch = {key: value.pin_memory() for key, value in batch.items()}
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     # -------------------------------------------------------------------------------------------- plan
@@ -121,19 +195,28 @@ class Run:
         cfg = self.cfg
         common = dict(val_fraction=cfg.val_fraction, on_bad_record=cfg.on_bad_record)
         if cfg.val_data:
-            return (kind(path, tokenizer, cfg.max_len, "all", **common),
+            return (load_rows(kind, path, tokenizer, cfg.max_len, "all", **common),
                     kind(cfg.val_data, tokenizer, cfg.max_len, "all", **common))
-        return tuple(kind(path, tokenizer, cfg.max_len, split, **common) for split in ("train", "val"))
+        return tuple(load_rows(kind, path, tokenizer, cfg.max_len, split, **common) for split in ("train", "val"))
 
     def plan(self, model, train, val, tokenizer):
-        """Fix how many steps there are, say what will be trained on what, and stop here in a dry run."""
+        """Fix how many steps there are, and say what will be trained on what."""
         cfg, rows = self.cfg, len(train)
+        self.model, self.train, self.tokenizer = model, train, tokenizer
         epochs = cfg.epochs or (MANY_EPOCHS if cfg.max_minutes else 1)
-        self.last_place = cfg.max_steps * cfg.batch_size if cfg.max_steps else math.ceil(epochs * rows)
+        max_steps = cfg.max_steps or (OVERFIT_STEPS if cfg.overfit_batch and not cfg.epochs else 0)
+        self.last_place = max_steps * cfg.batch_size if max_steps else math.ceil(epochs * rows)
         self.total_steps = -(-self.last_place // cfg.batch_size)
         self.train_rows, self.val_rows = rows, len(val)
+        self.check_agreement()
+        self.data = {"records": train.report["records"], "tokens": train.report["tokens"], "rows": rows,
+                     "held_out_rows": len(val)}
         total, active = count_parameters(model)
         config = model.config
+        if cfg.max_len > config.max_position_embeddings:             # rotary positions have no end: they can be learnt
+            self.print(f"  note    the model knows {config.max_position_embeddings} positions; it is now trained on "
+                       f"{cfg.max_len}, and its config.json will say so")
+            config.max_position_embeddings = cfg.max_len
         # forward and backward cost 6 FLOPs per parameter and token, attention 12 · layers · width · T / 2 (causal)
         self.flops_per_token = 6 * active + 6 * config.num_hidden_layers * config.num_attention_heads * (
             config.head_dim * cfg.max_len)
@@ -143,36 +226,100 @@ class Run:
                    + (f" ({active / 1e6:.2f}M active per token)" if active < total else "")
                    + f", {config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}")
         self.print(f"  data    {report['records']:,} records, {report['tokens']:,} tokens in {rows:,} rows of "
-                   f"{cfg.max_len}, {report['padding']:.1%} padding; {len(val):,} rows held out")
+                   f"{cfg.max_len}, {report['padding']:.1%} padding; {len(val):,} rows held out"
+                   f"{preflight.data_losses(report)}")
         self.print(f"  device  {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.world_size} rank(s), "
                    f"matrix products at {self.peak / 1e9:,.0f} GFLOP/s")
         steps = "as many" if epochs == MANY_EPOCHS and not cfg.max_steps else f"{self.total_steps:,}"
+        planned = self.last_place * cfg.max_len * (1 - report["padding"])
         self.print(f"  plan    {steps} steps of {cfg.batch_size} rows"
-                   + (f" as fit into {cfg.max_minutes:g} minutes" if cfg.max_minutes else ""))
+                   + (f" as fit into {cfg.max_minutes:g} minutes" if cfg.max_minutes else
+                      f", {planned:,.0f} tokens, {self.last_place / rows:.3g} x the data"))
+        known = 0 if cfg.max_minutes else self.total_steps
+        self.print(f"  rate    {preflight.rate_line(cfg, known)}")
+
+    def preflight(self, wrapped, optimizers, loss_of):
+        """Rehearse a step, say what it will cost, and start the run folder; stop here in a dry run.
+
+        loss_of(batch) is the forward pass of the script. A continued run takes over what was measured at its start.
+        """
+        cfg = self.cfg
+        saved = None if cfg.overwrite or cfg.dry_run else self.on_main(lambda: state.latest(self.out)[1])
+        if saved is None:
+            self.on_main(lambda: preflight.check_disk(cfg, self.out, self.model, optimizers))
+            lasting, there = preflight.lasting_bytes(self.model, optimizers), preflight.free_memory(self.device)
+            room = there - lasting["gradients"] - lasting["optimizer"]
+            rehearsal = preflight.rehearse(self, self.model, wrapped, optimizers, loss_of, room)
+            cfg.micro_batch_size = rehearsal.rows          # from here on a number
+            steps, self.planned_minutes = preflight.expected(cfg, self, rehearsal)
+            for line in preflight.report(self, lasting, there, rehearsal, steps):
+                self.print(line)
+            if cfg.compile == "auto":
+                pays = preflight.compile_pays(self.device, self.planned_minutes)
+                cfg.compile = "on" if self.on_main(lambda: pays) else "off"
+        else:
+            cfg.micro_batch_size = cfg.micro_batch_size or saved["micro_batch_size"]
+            cfg.compile = saved["compile"] if cfg.compile == "auto" else cfg.compile
+            self.planned_minutes = saved["planned_minutes"]
+            self.print(f"  time    planned at its start: {self.planned_minutes:.3g} minutes; "
+                       f"{cfg.micro_batch_size} rows at once")
+        if cfg.compile == "on":
+            self.print("  compile the first steps take about a minute")
+            parallel.compile_in_place(self.model, parallel.is_sharded(cfg, self.world_size))
         if cfg.dry_run:
-            self.print(show_row(train[0], tokenizer))
+            preflight.show_batch(self)
             raise SystemExit(0)
         self.claim_folder()
         self.window_start = time.perf_counter()            # what came before was not training
 
     def claim_folder(self):
         """All inputs are good: make the run folder and write the settings. UserError when it cannot be written."""
-        record = {"stage": self.stage, "command": " ".join(sys.argv), "commit": git_commit(),
-                  "torch": torch.__version__, **dataclasses.asdict(self.cfg)}
-        try:
-            if self.is_main and self.cfg.overwrite:
-                state.clear(self.out)
-            self.barrier()                                 # nobody looks for a state to resume before it is gone
-            if self.is_main:
+        record = {**self.origin(), **dataclasses.asdict(self.cfg)}
+
+        def claim():
+            try:
+                if self.cfg.overwrite:
+                    state.clear(self.out)
                 self.out.mkdir(parents=True, exist_ok=True)
+                if state.latest(self.out)[0] is None:      # killed before its first save: it starts again from nothing
+                    (self.out / "metrics.jsonl").unlink(missing_ok=True)
                 (self.out / "train_config.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror}); choose another folder") from None
+            except OSError as error:
+                raise UserError(f"--out {self.out}: cannot be written ({error.strerror}); choose another folder"
+                                ) from None
+
+        self.on_main(claim)
+
+    def origin(self):
+        """Where the figures of this run come from."""
+        return {"stage": self.stage, "command": " ".join(sys.argv), "commit": git_commit(), "torch": torch.__version__}
 
     def state(self):
         """What of this object a continued run needs."""
         return {"total_steps": self.total_steps, "budget_fitted": self.budget_fitted, "train_rows": self.train_rows,
-                "tokens": self.tokens, "seconds": self.seconds()}
+                "tokens": self.tokens, "seconds": self.seconds(), "train_seconds": self.train_seconds,
+                "windows": self.windows, "tracker_id": self.tracker.id, "planned_minutes": self.planned_minutes,
+                "micro_batch_size": self.cfg.micro_batch_size, "compile": self.cfg.compile,
+                "watch": self.watch.state(),
+                "scaler": self.scaler.state_dict() if self.scaler else None}
+
+    def window(self):
+        """The sums of this rank since the last log line, which a continued run goes on adding to."""
+        return {"sums": {name: float(value) for name, value in self.sums.items()}, "targets": self.window_targets,
+                "tokens": self.window_tokens, "steps": self.window_steps, "seconds": self.window_elapsed()}
+
+    def restore_window(self, windows):
+        """Undo `window`, given those of all ranks: one's own is continued, and those of ranks that are no more too."""
+        self.window_steps, self.window_seconds = windows[0]["steps"], windows[0]["seconds"]
+        for window in windows[self.rank::self.world_size]:
+            self.window_targets += window["targets"]
+            self.window_tokens += window["tokens"]
+            for name, value in window["sums"].items():
+                self.sums[name] = self.sums.get(name, 0) + value
+
+    def window_elapsed(self):
+        """Seconds spent in the steps since the last log line, over all parts of the run."""
+        return max(self.window_seconds + time.perf_counter() - self.window_start - self.aside, 1e-9)
 
     def restore(self, saved):
         """Undo `state`, and cut metrics.jsonl back to the step that the run continues from."""
@@ -181,11 +328,17 @@ class Run:
                             "was saved; give the same data, or --overwrite to start over")
         self.total_steps, self.budget_fitted = saved["total_steps"], saved["budget_fitted"]
         self.tokens, self.earlier_seconds = saved["tokens"], saved["seconds"]
-        path = self.out / "metrics.jsonl"
-        if self.is_main and path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= saved["step"]]
-            path.write_text("".join(kept), encoding="utf-8")
+        self.train_seconds, self.tracker.id = saved["train_seconds"], saved["tracker_id"]
+        self.watch.restore(saved["watch"])
+        if self.scaler:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.restore_window(saved["windows"])
+        if self.is_main:
+            kept = [entry for entry in curves.read(self.out)             # the final evaluation will be made again
+                    if entry["step"] <= saved["step"] and "final" not in entry]
+            (self.out / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in kept),
+                                                    encoding="utf-8")
+            self.held_out = next(iter(curves.held_out(kept)[::-1]), {})
 
     def seconds(self):
         """Wall-clock seconds of this run, over all its parts."""
@@ -222,73 +375,104 @@ class Run:
 
     def add(self, **sums):
         """Add summed metrics of a micro-batch (0-d tensors) to the log window; no wait for the device."""
+        counts = self.watch.seen(sum(sums.values()), self.batch["rows"])
+        if not counts:
+            self.window_targets -= int(self.batch["loss_mask"].sum())
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + (value.detach() if counts else torch.zeros_like(value))
 
     def due(self, step, every):
         """Whether something that happens every so many steps happens now. The last step has its own ending."""
         return every > 0 and step % every == 0 and step < self.total_steps
 
     def log(self, step, lr, grad_norm):
-        """Every log_every steps: one line on the screen, one object in metrics.jsonl."""
+        """Every log_every steps: one row on the screen, one object in metrics.jsonl and for the tracker."""
+        self.step, self.window_steps = step, self.window_steps + 1
+        self.watch.end_of_step(step, grad_norm)
         if step % self.cfg.log_every and step != self.total_steps:
             return
+        self.watch.check()
         names = sorted(self.sums)
         totals = torch.tensor([float(self.sums[name]) for name in names] + [self.window_targets, self.window_tokens],
                               dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(totals, group=self.control)
         *sums, targets, tokens = totals.tolist()
-        means = {name: value / max(targets, 1) for name, value in zip(names, sums, strict=True)}
-        elapsed = max(time.perf_counter() - self.window_start - self.aside, 1e-9)
+        means = {name: value / targets for name, value in zip(names, sums, strict=True) if targets}
+        grad_norm = float(grad_norm)
+        elapsed = self.window_elapsed()
         self.tokens += int(tokens)
+        self.train_seconds += elapsed
         speed = tokens / elapsed
-        left = (self.total_steps - step) * elapsed / (step % self.cfg.log_every or self.cfg.log_every)
-        self.metrics = {"step": step, "tokens": self.tokens, **means, "lr": lr, "grad_norm": float(grad_norm),
+        left = (self.total_steps - step) * elapsed / self.window_steps
+        self.metrics = {"step": step, "tokens": self.tokens, **means, "lr": lr,
+                        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                         "tokens_per_second": round(speed, 1), "minutes": round(self.seconds() / 60, 3),
                         "mfu": round(speed * self.flops_per_token / self.peak / self.world_size, 4),
                         "memory_gb": round(devices.memory_in_use(self.device) / 1e9, 3)}
-        if not math.isfinite(self.metrics["grad_norm"]):
-            raise UserError(f"step {step}: the gradient is not finite; lower --lr or --grad_clip, or raise "
-                            "--warmup_steps, and start again: it continues from the last saved step")
+        if self.watch.skipped:
+            self.metrics["skipped_steps"] = self.watch.skipped
         self.record(self.metrics)
-        known = self.budget_fitted or not self.cfg.max_minutes       # else the number of steps is still to be measured
-        parts = [f"step {step:>6,}/{self.total_steps if known else '?'}", *(f"{k} {v:.4f}" for k, v in means.items())]
-        if self.held_out:
-            parts.append(f"bpb {self.held_out['bits_per_byte']:.3f}")
-        parts += [f"lr {lr:.1e}", f"|g| {float(grad_norm):.2f}", f"{speed:,.0f} tok/s",
-                  f"mfu {self.metrics['mfu']:.0%}", f"{self.metrics['memory_gb']:.1f} GB",
-                  f"eta {clock(left) if known else '?'}"]
-        self.print("  ".join(parts))
+        self.show_progress(means, left)
+        if "loss" in means:
+            self.watch.window(step, means["loss"])
         self.sums, self.window_targets, self.window_tokens = {}, 0, 0
-        self.window_start, self.aside = time.perf_counter(), 0.0
+        self.window_steps, self.window_seconds, self.aside = 0, 0.0, 0.0
+        self.window_start = time.perf_counter()
+
+    def show_progress(self, means, left):
+        """The last metrics as one row of a table; its header comes again after anything else was printed."""
+        now = self.metrics
+        known = self.budget_fitted or not self.cfg.max_minutes       # else the number of steps is still to be measured
+        bpb = f"{self.held_out['bits_per_byte']:.3f}" if self.held_out else "-"
+        columns = [("step", "<13", f"{now['step']}/{self.total_steps if known else '?'}"),
+                   *((name, f">{max(len(name), 8)}", f"{value:.4f}") for name, value in means.items()),
+                   ("bpb", ">6", bpb), ("lr", ">7", f"{now['lr']:.1e}"),
+                   ("|g|", ">6", "-" if now["grad_norm"] is None else f"{now['grad_norm']:.2f}"),
+                   *([("skipped", ">7", f"{self.watch.skipped}")] if self.watch.skipped else []),
+                   ("tok/s", ">7", f"{now['tokens_per_second']:.0f}"), ("mfu", ">4", f"{now['mfu']:.0%}"),
+                   ("GB", ">5", f"{now['memory_gb']:.1f}"), ("eta", ">8", clock(left) if known else "?")]
+        names = "  ".join(f"{name:{place}}" for name, place, _ in columns)
+        if self.table_open != names:
+            self.print(names)
+        self.print("  ".join(f"{text:{place}}" for _, place, text in columns))
+        self.table_open = names
 
     def record(self, entry):
-        """Append one object to metrics.jsonl."""
+        """Append one object to metrics.jsonl, and show it in the tracker."""
         if self.is_main:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+        self.tracker.log(entry["step"], entry)
 
-    def evaluate(self, step, model, val, tokenizer, rows=0):
+    def evaluate(self, step, model, val, tokenizer, rows=0, final=False):
         """Held-out loss of `model` (0 rows = all), shared between ranks; logged, recorded and returned."""
         start = time.perf_counter()
-        with self.autocast():
+        self.watch.check()
+        with self.autocast(), parallel.whole(model), torch.compiler.set_stance("force_eager"):    # other shapes
             scores = evaluate_loss(model, val, tokenizer, self.device, max_rows=rows, rank=self.rank,
                                    world_size=self.world_size)
         self.held_out = scores
-        self.record({"step": step, **{f"val_{name}": value for name, value in scores.items()}})
+        tokens = self.tokens + self.sum_over_ranks(self.window_tokens)
+        self.record({"step": step, "tokens": tokens, **({"final": True} if final else {}),
+                     **{f"val_{name}": value for name, value in scores.items()}})
         interval = scores["bits_per_byte_interval"]
         self.print(f"{'':>4}held out after step {step:,}: loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} "
                    f"bits per byte [{interval[0]:.3f}, {interval[1]:.3f}]")
         seconds = time.perf_counter() - start
         self.seconds_per_row = seconds / min(rows or len(val), len(val))
-        self.aside += seconds
+        if self.cfg.early_stop and not final:
+            self.watch.evaluated(step, model, scores["loss"])
+        self.aside += time.perf_counter() - start
         return scores
 
-    def sample(self, text):
-        """Show a text of the model's, indented and with odd characters escaped."""
+    def sample(self, write, model, *args):
+        """Show the text write(model, *args), of rank 0, indented and with odd characters escaped."""
+        with self.autocast(), parallel.whole(model), torch.compiler.set_stance("force_eager"):
+            text = write(model, *args) if self.is_main else ""
         safe = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
         self.print("    | " + safe.replace("\n", "\n    | "))
+        self.tracker.sample(self.step, safe)
 
     # --------------------------------------------------------------------------------------------- end
 
@@ -297,37 +481,80 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: saving after this step (again = stop at once)", flush=True)
+        if self.is_main:                       # not print, which fails inside of another print
+            told = f"\n{signal.Signals(number).name}: saving after this step (again = stop at once)\n"
+            os.write(1, told.encode())
 
     def stop_requested(self):
-        """Whether any rank was told to stop; the same answer on every rank."""
-        return self.sum_over_ranks(self.signal) > 0
+        """Whether any rank was told to stop, or --early_stop says so; the same answer on every rank."""
+        return self.signalled() or self.watch.gives_up()
 
-    def save(self, step, model, tokenizer, optimizers, finished=False, scores=None):
+    def signalled(self):
+        """Whether any rank was told to stop, or its launcher is gone; the same answer, and signal, on every rank."""
+        if self.world_size > 1:
+            if os.getppid() != self.parent_process and not self.signal:
+                print(f"rank {self.rank}: torchrun is gone: saving after this step", flush=True)
+                self.signal = signal.SIGTERM
+            signals = torch.tensor(int(self.signal))
+            dist.all_reduce(signals, dist.ReduceOp.MAX, group=self.control)
+            self.signal = int(signals)
+        return self.signal > 0
+
+    def save(self, step, model, tokenizer, optimizers, scores=None):
         """Save the training state, and export the Hugging Face folder from it."""
         start = time.perf_counter()
-        if self.is_main:
-            save_model(self.out, model, tokenizer, card=self.card(step, model, scores))
-        state.save(self.cfg, self, step, model, optimizers, finished)
+        self.watch.check()                     # never weights that a bad step has touched
+        self.windows = self.gather(self.window())
+        weights = parallel.gather(state.tensors_of(model))
+        state.save(self.cfg, self, step, weights, optimizers)
+        card = self.card(step, model, scores)
+        self.on_main(lambda: save_model(self.out, model, tokenizer, card=card, weights=weights))
         self.aside += time.perf_counter() - start
 
     def finish(self, step, model, val, tokenizer, optimizers):
         """After the loop: save, and either leave as the signal asks or evaluate on all held-out rows and sum up."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.signal:
+        if self.signalled():
             self.save(step, model, tokenizer, optimizers)
+            self.tracker.finish()
             self.print(f"stopped after step {step:,}; the same command continues")
             raise SystemExit(128 + self.signal)
-        scores = self.evaluate(step, model, val, tokenizer)
-        summary = {"stage": self.stage, "steps": step, "tokens": self.tokens, "minutes": round(self.seconds() / 60, 3),
-                   "parameters": count_parameters(model)[0], "held_out": scores, "last": self.metrics,
-                   "memory_gb": round(devices.memory_in_use(self.device) / 1e9, 3)}
-        self.save(step, model, tokenizer, optimizers, finished=True, scores=scores)
+        if self.window_steps:                                            # stopped early, between two progress lines
+            self.tokens += self.sum_over_ranks(self.window_tokens)
+            self.train_seconds += self.window_elapsed()
+            self.window_steps, self.window_tokens = 0, 0
+        if self.cfg.early_stop:
+            self.watch.take_best(step, model, val, tokenizer)
+        scores = self.evaluate(step, model, val, tokenizer, final=True)
+        self.save(step, model, tokenizer, optimizers, scores)
+        summary = self.summary(step, model, scores)
         if self.is_main:
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        state.finish(self)
+        if self.is_main:
+            self.tracker.log(step, {f"final_{name}": value for name, value in {**scores, **summary}.items()})
+            self.tracker.finish()
+            warn_if_it_fails("all is saved but curves.png", lambda: curves.report(self.out))
+        if self.cfg.overfit_batch:
+            self.print(preflight.overfit_verdict(self.metrics.get("loss", math.nan), step))
         self.print(f"done: {self.out} after {step:,} steps, {self.tokens:,} tokens, {self.seconds() / 60:.1f} minutes")
         return summary
+
+    def summary(self, step, model, scores):
+        """What summary.json holds: everything to know about this run without its folder."""
+        parent = self.cfg.model and curves.read_summary(self.parent(self.cfg.model))
+        return {**self.origin(), "machine": devices.describe_machine(self.device),
+                "ranks": self.world_size, "dtype": str(self.dtype).removeprefix("torch."),
+                "config": dataclasses.asdict(self.cfg), "data": self.data,
+                "parent": curves.settings(parent) if parent else None,
+                "parameters": count_parameters(model)[0], "planned_steps": self.total_steps, "steps": step,
+                "tokens": self.tokens, "minutes": round(self.seconds() / 60, 3),
+                "planned_minutes": round(self.planned_minutes, 3), "micro_batch_size": self.cfg.micro_batch_size,
+                **self.watch.summary(),
+                "tokens_per_second": round(self.tokens / max(self.train_seconds, 1e-9), 1),
+                "memory_gb": round(devices.memory_in_use(self.device) / 1e9, 3), "held_out": scores,
+                "curve": curves.held_out(curves.read(self.out)), "last": self.metrics}
 
     def card(self, step, model, scores):
         """README.md of the folder: where this checkpoint comes from."""
@@ -344,16 +571,6 @@ class Run:
                          f"{[round(x, 4) for x in scores['bits_per_byte_interval']]}")
         settings = json.dumps(dataclasses.asdict(cfg), indent=1)
         return "\n".join([*lines, "", "```json", settings, "```", ""])
-
-
-def show_row(row, tokenizer):
-    """A row as text, tokens that carry loss in [brackets]."""
-    shown = []
-    for index, loss, segment in zip(row["input_ids"], row["loss_mask"], row["segment_ids"], strict=True):
-        if segment:
-            text = tokenizer.decode([int(index)], skip_special=False)
-            shown.append(f"[{text}]" if loss else text)
-    return "".join(shown)
 
 
 def clock(seconds):

@@ -7,7 +7,7 @@ The same loss as pretraining; only the mask and the data differ. Conversations a
 and do not see each other.
 
 reads   out/pretrain   --data  {"conversations"} or {"messages"} records (default: the built-in world)
-writes  out/full_sft   a Hugging Face folder, metrics.jsonl, summary.json, resume/
+writes  out/full_sft   a Hugging Face folder, metrics.jsonl, summary.json, curves.png, resume/
 run     python trainer/train_full_sft.py
         torchrun --nproc_per_node 4 trainer/train_full_sft.py --model out/pretrain --data chats.jsonl
 """
@@ -39,7 +39,7 @@ from dataset.lm_dataset import SFTDataset
 from model.checkpoint import load_model
 from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
-from trainer import runtime, state
+from trainer import preflight, runtime, state
 from trainer.batches import batches
 from trainer.losses import balance_loss, next_token_loss
 from trainer.optim import build_optimizers, lr_at, optimizer_step
@@ -53,11 +53,12 @@ def compute_loss(model, batch, aux_coef):
     return loss + aux_coef * balance, {"loss": loss}
 
 
+@preflight.explains_out_of_memory
 def main(cfg):
     run = runtime.setup(cfg, "full_sft")
 
     # --- build
-    model, tokenizer = load_model(run.parent(cfg.model), run.device, run.weights_dtype)
+    model, tokenizer = load_model(run.parent(cfg.model), run.build_device, run.weights_dtype)
     if cfg.chat_template:
         tokenizer = tokenizer.with_chat_template(cfg.chat_template)
     path = resolve(cfg.data, "sft")
@@ -65,6 +66,7 @@ def main(cfg):
     run.plan(model, train, val, tokenizer)
     wrapped = run.wrap(model)
     optimizers = build_optimizers(model, cfg, run.muon_dtype)
+    run.preflight(wrapped, optimizers, lambda batch: compute_loss(wrapped, batch, model.config.aux_loss_coef))
     start = step = state.resume(run, model, optimizers)
     if start == 0:
         run.evaluate(0, model, val, tokenizer, cfg.eval_rows)
@@ -74,16 +76,16 @@ def main(cfg):
         for batch in run.accumulate(wrapped, micro_batches):
             with run.autocast():
                 loss, parts = compute_loss(wrapped, batch, model.config.aux_loss_coef)
-            (loss * run.world_size / num_targets).backward()                           # DDP averages: x ranks = sum
+            run.scale(loss * run.world_size / num_targets).backward()                  # DDP averages: x ranks = sum
             run.add(**parts)
         lr = lr_at(step, run.total_steps, cfg)
-        grad_norm = optimizer_step(model, optimizers, lr, cfg.grad_clip)
+        grad_norm = optimizer_step(model, optimizers, lr, cfg.grad_clip, run.scaler, cfg.on_nonfinite)
 
         run.log(step, lr, grad_norm)
         if run.due(step, cfg.eval_every):
             run.evaluate(step, model, val, tokenizer, cfg.eval_rows)
-        if run.due(step, cfg.sample_every) and run.is_main:
-            run.sample(sample(model, tokenizer, val))
+        if run.due(step, cfg.sample_every):
+            run.sample(sample, model, tokenizer, val)
         if run.due(step, cfg.save_every):
             run.save(step, model, tokenizer, optimizers)
     return run.finish(step, model, val, tokenizer, optimizers)

@@ -7,7 +7,7 @@ N counts the targets over all micro-batches and all ranks of a step. Documents a
 and packed into full rows, so that no step is spent on padding.
 
 reads   --data        {"text"} records or .txt (default: the built-in world)      --tokenizer nano | base | FOLDER
-writes  out/pretrain  a Hugging Face folder, metrics.jsonl, summary.json, resume/
+writes  out/pretrain  a Hugging Face folder, metrics.jsonl, summary.json, curves.png, resume/
 run     python trainer/train_pretrain.py
         torchrun --nproc_per_node 4 trainer/train_pretrain.py --size small --data my.jsonl
 
@@ -46,7 +46,7 @@ from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
-from trainer import runtime, state
+from trainer import preflight, runtime, state
 from trainer.batches import batches
 from trainer.losses import balance_loss, next_token_loss
 from trainer.optim import build_optimizers, lr_at, optimizer_step
@@ -61,22 +61,24 @@ def compute_loss(model, batch, cfg, aux_coef):
     return loss + aux_coef * balance, {"loss": loss}
 
 
+@preflight.explains_out_of_memory
 def main(cfg):
     run = runtime.setup(cfg, "pretrain")
 
     # --- build
     if cfg.model:                                                                      # continued pretraining
-        model, tokenizer = load_model(cfg.model, run.device, run.weights_dtype)
+        model, tokenizer = load_model(cfg.model, run.build_device, run.weights_dtype)
     else:
         size = cfg.size if cfg.size != "auto" else "nano" if run.device.type == "cpu" else "small"
         name = cfg.tokenizer if cfg.tokenizer != "auto" else "nano" if size == "nano" else "base"
         tokenizer = Tokenizer.load(name)
-        model = CausalLM(new_config(size, tokenizer, cfg.max_len)).to(run.device, run.weights_dtype)
+        model = CausalLM(new_config(size, tokenizer, cfg.max_len)).to(run.build_device, run.weights_dtype)
     path = resolve(cfg.data, "pretrain")
     train, val = run.datasets(PretrainDataset, path, tokenizer)
     run.plan(model, train, val, tokenizer)
     wrapped = run.wrap(model)
     optimizers = build_optimizers(model, cfg, run.muon_dtype)
+    run.preflight(wrapped, optimizers, lambda batch: compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef))
     start = step = state.resume(run, model, optimizers)
     if start == 0:
         run.evaluate(0, model, val, tokenizer, cfg.eval_rows)
@@ -86,16 +88,16 @@ def main(cfg):
         for batch in run.accumulate(wrapped, micro_batches):
             with run.autocast():
                 loss, parts = compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef)
-            (loss * run.world_size / num_targets).backward()                           # DDP averages: x ranks = sum
+            run.scale(loss * run.world_size / num_targets).backward()                  # DDP averages: x ranks = sum
             run.add(**parts)
         lr = lr_at(step, run.total_steps, cfg)
-        grad_norm = optimizer_step(model, optimizers, lr, cfg.grad_clip)
+        grad_norm = optimizer_step(model, optimizers, lr, cfg.grad_clip, run.scaler, cfg.on_nonfinite)
 
         run.log(step, lr, grad_norm)
         if run.due(step, cfg.eval_every):
             run.evaluate(step, model, val, tokenizer, cfg.eval_rows)
-        if run.due(step, cfg.sample_every) and run.is_main:
-            run.sample(sample(model, tokenizer, cfg.seed))
+        if run.due(step, cfg.sample_every):
+            run.sample(sample, model, tokenizer, cfg.seed)
         if run.due(step, cfg.save_every):
             run.save(step, model, tokenizer, optimizers)
     return run.finish(step, model, val, tokenizer, optimizers)
