@@ -35,7 +35,7 @@ class Config:
     max_len: int = arg(512, "tokens of a row; generate: of a prompt with its answer")
     rounds: int = arg(7, "how often each contender is timed")
     steps: int = arg(2, "steps of one timing")
-    only: str = arg("", "contenders to time, by commas; empty = all of the work")
+    only: str = arg("", "contenders to time, with ; between; empty = all of the work")
     out: str = arg("", "JSON to write (default: scripts/results/benchmark_WORK.json)")
 
 
@@ -49,6 +49,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 import statistics
 import time
 
@@ -175,6 +176,7 @@ def sampling(make, cfg):
 CONTENDERS = {      # work: contender: (step, tokens, model); the first is the rival of all others
     "train": {
         "transformers, bf16": functools.partial(training, llama, BFLOAT16),
+        "transformers, bf16, compiled": functools.partial(training, llama, BFLOAT16, compiled=True),
         "ours, bf16": functools.partial(training, ours, BFLOAT16),
         "ours, bf16, compiled": functools.partial(training, ours, BFLOAT16, compiled=True),
         "ours, bf16, checkpointing": functools.partial(training, ours, BFLOAT16, checkpointing=True),
@@ -204,6 +206,8 @@ CONTENDERS = {      # work: contender: (step, tokens, model); the first is the r
 
 def contend(pipe, work, name, cfg):
     """A contender's process: builds its model, warms up, then times `cfg.steps` steps each time it is asked."""
+    if name.startswith("transformers"):
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"                     # as torch is without model/device.py
     step, tokens, model = CONTENDERS[work][name](cfg)
     start = time.perf_counter()
     for _ in range(2):
@@ -219,7 +223,10 @@ def contend(pipe, work, name, cfg):
 
 def measure(work, cfg):
     """Time all contenders of a work in turns; a dict for the JSON."""
-    names = [name for name in CONTENDERS[work] if not cfg.only or name in cfg.only.split(", ") + cfg.only.split(",")]
+    wanted = [name.strip() for name in cfg.only.split(";") if name.strip()] or list(CONTENDERS[work])
+    if unknown := [name for name in wanted if name not in CONTENDERS[work]]:
+        raise UserError(f"--only {unknown[0]}: the contenders are {'; '.join(CONTENDERS[work])}")
+    names = [name for name in CONTENDERS[work] if name in wanted]
     spawn, found = multiprocessing.get_context("spawn"), {}
     pipes, processes = {}, []
     for name in names:
