@@ -15,7 +15,7 @@ STARTED = time.perf_counter()      # the first thing a script does: --max_minute
 @dataclass
 class TrainConfig:
     model: str = arg("", "checkpoint folder to start from: size, tokenizer and chat template come from it")
-    data: str = arg("builtin", "jsonl, jsonl.gz, txt, a folder or builtin; several by commas, with shares as a:0.9,b:0.1")
+    data: str = arg("builtin", "jsonl, jsonl.gz, txt, a folder or builtin; several by commas, shares as a:0.9,b:0.1")
     val_data: str = arg("", "held-out file; empty: a part of --data that training never sees")
     val_fraction: float = arg(0.1, "share held out: the end of a .txt, a seeded choice of jsonl records (1000 at most)")
     out: str = arg("", "run folder: checkpoint, metrics.jsonl, resume state (default: out/<stage>)")
