@@ -109,7 +109,8 @@ def attention(q, k, v, mask=None):
     and takes about half its time. (A compiled model keeps torch's: the compiler would unroll the blocks.)
     """
     if isinstance(mask, BlockMask):
-        return flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        fused = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+        return fused(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     causal = mask is None and q.shape[2] == k.shape[2]
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if on_cpu and q.shape[2] == k.shape[2] and q.requires_grad and not torch.compiler.is_compiling():
@@ -129,12 +130,14 @@ def segment_blocks(segment_ids):
 
 
 @functools.cache
-def flex():
+def compiled_flex():
     """FlexAttention as a fused kernel; uncompiled, on a CPU, it is only good for comparison."""
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
+@torch.enable_grad()
 def has_flex():
     """Whether FlexAttention works on this GPU: tried once, forward and backward, against SDPA."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:

@@ -27,7 +27,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.kernels import matmul_dtype, silu_mul
 
-BLOCK = 128
+BLOCK = 128  # rows of an expert come in multiples of it
 
 
 class Router(nn.Module):
@@ -100,10 +100,11 @@ class Experts(nn.Module):
 
 def grouped_linear(x, weight, ends):
     """Row block e of x (M, in) times weight[e] (out, in) -> (M, out): all experts in one call, without waiting for the
-    counts to arrive from the GPU. ends (E,): where each block ends."""
+    counts to arrive from the GPU (torch 2.10 and later, but not on MPS and not in float64: there expert by expert).
+    ends (E,): where each block ends."""
     dtype = matmul_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
-    if x.device.type in ("cpu", "cuda") and dtype != torch.float64:
+    if hasattr(F, "grouped_mm") and x.device.type in ("cpu", "cuda") and dtype != torch.float64:
         return F.grouped_mm(x, weight.mT, offs=ends)
     blocks = x.tensor_split(ends[:-1].tolist())  # unbind, because the gradient of weight[e] would be a full (E, F, D)
     return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight.unbind(), strict=True)])
