@@ -27,8 +27,9 @@ def run(main, *args):
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"error: {error.filename or 'a file'}: no space left on the disk; make room and start the same command "
-              "again: a training run continues from its last save", file=sys.stderr)
+        where = f" of {error.filename}" if error.filename else ""
+        print(f"error: no space left on the disk{where}; make room and start the same command again: a training run "
+              "continues from its last save", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         from model.device import explain_lost_ranks  # here: it takes a second, and few scripts need it

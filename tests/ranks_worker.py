@@ -21,7 +21,7 @@ import torch
 
 from dataset import jsonl
 from model import device as devices
-from trainer import curves
+from trainer import curves, parallel
 from trainer.parallel import full
 from trainer.preflight import local
 
@@ -33,7 +33,7 @@ class Killed(BaseException):
 def run_job(folder, name, script, flags, die_at=None):
     """Train in this process; returns what is kept."""
     script = importlib.import_module(f"trainer.{script}")
-    update, batches = script.optimizer_step, script.batches
+    update, batches, wrap = script.optimizer_step, script.batches, parallel.wrap
     seen = {"gradients": [], "rows": []}
 
     def keep(model, *args):
@@ -51,7 +51,13 @@ def run_job(folder, name, script, flags, die_at=None):
             seen["rows"].append(real)
             yield step, micro_batches, num_targets
 
+    def wrap_another(model, *args):
+        for p in model.parameters():                      # what the other ranks bring along must not matter
+            p.data += int(os.environ.get("RANK", 0))
+        return wrap(model, *args)
+
     with (mock.patch.multiple(script, optimizer_step=keep, batches=watch),
+          mock.patch.object(parallel, "wrap", wrap_another),
           mock.patch.object(curves, "report"), mock.patch.object(devices, "matmul_peak", lambda *_: 1e12)):   # slow
         try:
             script.main(script.Config(**flags))

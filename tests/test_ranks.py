@@ -44,7 +44,11 @@ def together(folder, jobs, ranks=2):
                "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(subprocess.Popen([sys.executable, str(WORKER), str(folder), json.dumps(jobs)], env=env,
                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    told = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        told = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()                                               # the other one, when one hangs
     assert not any(process.returncode for process in processes), "\n".join(told)
     return {job["name"]: [torch.load(folder / f"{job['name']}-{rank}.pt", weights_only=True) for rank in range(ranks)]
             for job in jobs}
@@ -93,7 +97,8 @@ def kept(place):
             job("1 of 2-2-1", changes=dict(max_steps=6, parallel="ddp"), run="2-2-1", die_at=3),
             job("2 of 2-2-1", changes=dict(max_steps=6, parallel="fsdp"), run="2-2-1", die_at=3)])
         for name in ("3 of 1-2-1", "3 of 2-2-1"):
-            kept[name] = [run_job(place, **job(name, changes=dict(max_steps=6), run=name.split()[-1]))]
+            alone = dict(max_steps=6, parallel="fsdp")                   # means nothing on one rank
+            kept[name] = [run_job(place, **job(name, changes=alone, run=name.split()[-1]))]
     return kept
 
 
@@ -150,7 +155,7 @@ def test_a_run_continues_on_another_number_of_ranks(run, kept, place):
     whole, = kept["whole"]
     first, second, third = (kept[f"{part} of {run}"] for part in (1, 2, 3))
     assert torch.allclose(third[0]["weights"], whole["weights"], rtol=0, atol=1e-9)
-    assert losses(place / run) == pytest.approx(losses(place / "whole"), rel=1e-9)
+    assert losses(place / run) == pytest.approx(losses(place / "whole"), rel=1e-6)
     trained = [[rank["rows"][step] for rank in part] for part, steps in ((first, 2), (second, 2), (third, 2))
                for step in range(steps)]
     assert [in_turn(ranks) for ranks in trained] == [rows for rows in whole["rows"]]

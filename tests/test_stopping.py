@@ -15,6 +15,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.errors import UserError
+from model.errors import run as run_script
 from trainer import state, train_pretrain
 from trainer.runtime import Run
 
@@ -103,6 +104,27 @@ def test_two_hosts_train_together_and_the_loss_of_one_is_told(documents, tmp_pat
         train_pretrain.main(train_pretrain.Config(**{**FLAGS, "data": str(documents), "out": str(tmp_path / name)}))
     alone, together = (load_model(tmp_path / name, dtype=torch.float64)[0].state_dict() for name in ("whole", "run"))
     assert all(torch.allclose(alone[name], together[name], rtol=0, atol=1e-6) for name in alone)
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_full_disk_is_one_line_wherever_it_is_noticed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(raise_, OSError(28, "No space left on device", "metrics.jsonl"))
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.startswith("error: no space left on the disk of metrics.jsonl;")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("shapes do not fit"),
+                                   RuntimeError("Connection closed by peer, says gloo")])
+def test_defects_keep_their_traceback(error):
+    """And so does what looks like a lost rank in a run that has but one."""
+    with pytest.raises(type(error)) as seen:
+        run_script(raise_, error)
+    assert seen.value is error
 
 
 # --------------------------------------------------------------------- hosts that were not started alike
