@@ -37,4 +37,5 @@ def run(rank, folder):
         assert torch.equal(router.e_score_correction_bias, expected)
     assert all(p.grad is not None for p in model.parameters())
     torch.save([router.e_score_correction_bias, [p.grad for p in model.parameters()]], f"{folder}/rank{rank}.pt")
+    del wrapped        # holds the group: freed last, it would wait for gloo's thread, which may wait for Python's lock
     torch.distributed.destroy_process_group()
