@@ -325,7 +325,11 @@ class JsonlFile:
         numbers = range(len(self))[first:last]
         with open(self.plain, "rb") as file:
             file.seek(int(self.lines[first]["start"]))
-            for number, line in zip(numbers, (line for line in file if line[0] not in b"\r\n"), strict=False):
+            lines = (line for line in file if line[0] not in b"\r\n")
+            for number in numbers:
+                line = next(lines, None)
+                if line is None:
+                    raise UserError(f"{self.path}: became shorter while it was read; start again when it is whole")
                 try:
                     yield number, *parse_record(load_json(line), kind)
                 except BadRecord as error:

@@ -197,7 +197,7 @@ class BlockAttention(Function):
             if mask is None:
                 p.view(B * K, H // K, n, stop)[..., start:].tril_()
             else:
-                p.view(B, H, n, stop).mul_(mask[:, :, start:stop, :stop])
+                p.view(B, H, n, stop).masked_fill_(~mask[:, :, start:stop, :stop], 0)  # not · 0: inf there, perhaps
             ds = torch.baddbmm(rows(delta), rows(g), v[:, :stop].mT, beta=-1).mul_(p)
             dv[:, :stop] += p.mT @ rows(g)
             dk[:, :stop] += ds.mT @ rows(q)
@@ -250,8 +250,7 @@ class LinearLogprobs(Function):
         ctx.temperature = temperature
         logprobs = []
         for h, y in zip(*in_chunks(weight, hidden, targets), strict=True):
-            logits = wide(h @ weight.mT).div_(temperature)                       # (n, V)
-            logprobs.append(logits.log_softmax(-1).gather(1, y[:, None]).squeeze(1))
+            logprobs.append(logits_of(h, weight, temperature).log_softmax(-1).gather(1, y[:, None]).squeeze(1))
         return torch.cat(logprobs)
 
     @staticmethod
@@ -260,12 +259,18 @@ class LinearLogprobs(Function):
         hidden, weight, targets = ctx.saved_tensors
         dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(wide(weight))
         for h, dh, y, upstream in zip(*in_chunks(weight, hidden, dhidden, targets, g), strict=True):
-            d = wide(h @ weight.mT).div_(ctx.temperature).softmax(-1).neg_()     # (n, V)
+            d = logits_of(h, weight, ctx.temperature).softmax(-1).neg_()         # (n, V)
             d[torch.arange(len(y), device=y.device), y] += 1                     # onehot - softmax
             d = d.mul_(upstream[:, None] / ctx.temperature).to(weight.dtype)
             torch.mm(d, weight, out=dh)
             dweight += d.mT @ h
         return dhidden, dweight.to(weight.dtype), None, None
+
+
+def logits_of(h, weight, temperature):
+    """h (n, D), weight (V, D) -> logits (n, V) in at least float32; temperature 1 costs no pass over them."""
+    logits = wide(h @ weight.mT)
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def in_chunks(weight, *tensors):

@@ -93,6 +93,16 @@ def test_attention_backward_by_blocks(masked, H, K, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)           # dk and dv are summed in float32
 
 
+def test_a_huge_score_that_is_masked_does_no_harm():
+    """exp of a hidden score minus the logsumexp of the visible ones overflows: its gradient is still 0, not NaN."""
+    q, k, v = (x.detach().float() for x in draw((1, 1, 4, 8), (1, 1, 4, 8), (1, 1, 4, 8)))
+    k[:, :, 0] = 1000 * q[:, :, 3]                                       # what the last query must not see
+    tensors = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    mask = attention_mask_for(4, 0, "cpu", segment_ids=torch.tensor([[1, 1, 2, 2]]))
+    kernels.attention(*tensors, mask).sum().backward()
+    assert all(x.grad.isfinite().all() for x in tensors)
+
+
 def test_attention_in_bfloat16_uses_it():
     q, k, v = (x.detach().bfloat16().requires_grad_() for x in draw((2, 4, 150, 32), (2, 2, 150, 32), (2, 2, 150, 32)))
     out = kernels.attention(q, k, v)

@@ -150,8 +150,8 @@ def make(folders):
                             "only the seed may differ")
     if len(folders) not in STUDENT:
         raise UserError(f"--run: {len(folders)} folders; a band needs {min(STUDENT)} to {max(STUDENT)} runs")
-    curves = [summary["curve"] for summary in summaries]
-    columns = [column for column in zip(*curves, strict=False) if len({point["step"] for point in column}) == 1]
+    curves = [{point["step"]: point for point in summary["curve"]} for summary in summaries]
+    columns = [[curve[step] for curve in curves] for step in curves[0] if all(step in curve for curve in curves)]
     first = summaries[0]
     return {"settings": settings(first), "seeds": [summary["config"]["seed"] for summary in summaries],
             "torch": first["torch"], "machine": first["machine"], "dtype": first["dtype"],

@@ -94,7 +94,9 @@ def draw_all(rng, skill_name, split, size):
     if SKILLS[skill_name].checker == "yes_no":        # as many yes as no, or always saying one of them would pay
         for place, items in enumerate(by_level):
             sides = [[item for item in items.values() if item.answer == answer] for answer in ("yes", "no")]
-            by_level[place] = {item.wordings: item for pair in zip(*sides, strict=False) for item in pair}
+            pairs = min(map(len, sides))
+            by_level[place] = {item.wordings: item for pair in zip(*(side[:pairs] for side in sides), strict=True)
+                               for item in pair}
     in_turn = itertools.zip_longest(*(items.values() for items in by_level))
     return [item for items in in_turn for item in items if item is not None]
 

@@ -145,8 +145,8 @@ def conversation(rng):
     messages = []
     while not messages or rng.random() < 0.5:
         kind = rng.choices((small_talk, tell_story, stranger, about, remember), (50, 15, 10, 20, 5))[0]
-        for speaker, said in zip(("user", "assistant") * 2, kind(rng), strict=False):
-            messages.append({"role": speaker, "content": said})
+        for turn, said in enumerate(kind(rng)):
+            messages.append({"role": ("user", "assistant")[turn % 2], "content": said})
     return messages
 
 
