@@ -13,7 +13,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path_factory, monkeypatch):
-    """Tests neither read nor fill the user's cache of tokens and indexes."""
+    """Tests neither read nor fill the user's cache of tokens and indexes, and each hears every warning anew."""
+    jsonl.warn.cache_clear()
     monkeypatch.setattr(jsonl, "CACHE", tmp_path_factory.mktemp("cache"))
 
 

@@ -322,3 +322,12 @@ def test_real_files():
         assert sum(1 for _ in records(REAL / name)) == count
     for name in ("tinyshakespeare.txt", "journey_to_the_west.txt"):
         assert "".join(text_pieces(REAL / name)).encode() == (REAL / name).read_bytes()
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_no_shorter_file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    file = jsonl.JsonlFile(path)
+    path.write_text('{"text": "one"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="shorter while it was read"):
+        list(file.each())

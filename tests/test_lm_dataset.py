@@ -24,11 +24,6 @@ from trainer.batches import row_stream
 WORDS = "the cat sat on a mat and looked at two small birds in the old tree 汉字 🙂 12 + 7 = 19".split()
 
 
-@pytest.fixture(autouse=True)
-def unwarned():
-    jsonl.warn.cache_clear()
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.load("nano")

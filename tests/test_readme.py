@@ -77,6 +77,16 @@ def test_the_tables_of_speed_are_those_of_a_committed_run(path):
         assert line in lines, line
 
 
+def test_the_table_of_optimizers_is_that_of_the_committed_runs():
+    names = {"muon": "Muon", "adamw": "AdamW"}
+    lines = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8").splitlines()
+    for run in json.loads((ROOT / "trainer" / "results" / "optimizers.json").read_text(encoding="utf-8"))["runs"]:
+        low, high = run["bits_per_byte_interval"]
+        label = names[run["optimizer"]] + (f", seed {run['seed']}" if run["seed"] != 42 else "")
+        assert (f"| {label} | {run['steps']} | {run['lr']:g} | {run['bits_per_byte']:.4f} [{low:.4f}, {high:.4f}] |"
+                in lines)
+
+
 def test_the_plain_commands_are_those_of_the_quickstart():
     from scripts.quickstart import Config
     text = (ROOT / "README.md").read_text(encoding="utf-8")

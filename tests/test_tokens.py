@@ -23,11 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WORDS = "the cat sat on a mat and looked at two small birds in the old tree 汉字 🙂 12 + 7 = 19".split()
 
 
-@pytest.fixture(autouse=True)
-def unwarned():
-    jsonl.warn.cache_clear()
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.load("nano")
