@@ -19,6 +19,7 @@ after 2, whoever loads or saves next here finishes step 3 first (`finish_save`).
 **Loading is strict**: every tensor of the model must be in the files with its exact shape, and nothing else may be.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -32,12 +33,15 @@ from safetensors.torch import save_file
 
 from model.config import ModelConfig
 from model.errors import UserError
+from model.heads import ScalarModel
+from model.quantize import packed_weights, quantize_model
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
 
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "special_tokens_map.json",
                    "added_tokens.json", "vocab.json", "merges.txt")
+CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors")
 # Rotation speeds follow from config.json; transformers before 4.32 stored them all the same.
 RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -64,11 +68,20 @@ def hf_tensors(state: dict, tied: bool) -> dict:
     return named
 
 
+def hf_config(model) -> dict:
+    """config.json of a model; with a scalar head that of transformers' classifier with one label."""
+    hf = model.config.to_hf()
+    if isinstance(model, ScalarModel):
+        names = [name.replace("ForCausalLM", "ForSequenceClassification") for name in hf["architectures"]]
+        hf.update(architectures=names, id2label={"0": "reward"}, label2id={"reward": 0})
+    return hf
+
+
 # ----------------------------------------------------------------------------------------------- saving
 
 
 def save_model(folder, model, tokenizer=None, dtype=None, card="", max_shard_bytes=5_000_000_000, weights=None):
-    """Write `model` (a CausalLM) as a Hugging Face folder, all or nothing.
+    """Write `model` (a CausalLM or a ScalarModel) as a Hugging Face folder, all or nothing.
 
     tokenizer  saved along; None leaves the tokenizer files of the folder as they are
     dtype      of the stored weights; None = as they are in memory
@@ -76,8 +89,11 @@ def save_model(folder, model, tokenizer=None, dtype=None, card="", max_shard_byt
     weights    its state dict, where the tensors in the model itself are not whole (trainer/parallel.py)
     Other files in the folder are not touched. UserError when it cannot be written.
     """
+    if packed_weights(model):
+        raise UserError(f"{folder}: a quantized model is not saved as a folder; save its adapter, or load it without "
+                        "--quantize")
     tensors = hf_tensors(weights or model.state_dict(), model.config.tie_word_embeddings)
-    save_folder(folder, model.config.to_hf(), tensors, tokenizer, dtype, card, max_shard_bytes)
+    save_folder(folder, hf_config(model), tensors, tokenizer, dtype, card, max_shard_bytes)
 
 
 def save_folder(folder, hf_config, tensors, tokenizer=None, dtype=None, card="", max_shard_bytes=5_000_000_000):
@@ -94,6 +110,17 @@ def save_folder(folder, hf_config, tensors, tokenizer=None, dtype=None, card="",
     stored = {name: stored_copy(name, tensor, dtype) for name, tensor in tensors.items()}
     hf_config["torch_dtype"] = str(dtype or next(iter(stored.values())).dtype).removeprefix("torch.")
 
+    def write(new):
+        save_weights(new, stored, max_shard_bytes)
+        write_json(new / "config.json", hf_config)
+        write_json(new / "generation_config.json", {key: ids for key, ids in generation.items() if ids is not None})
+
+    replace_files(folder, write, tokenizer, card)
+
+
+def replace_files(folder, write, tokenizer=None, card=""):
+    """Put the files that `write(new)` writes into an empty folder, tokenizer and card into `folder`, all or nothing."""
+    folder = Path(folder)
     new = folder / ".saving"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,16 +128,14 @@ def save_folder(folder, hf_config, tensors, tokenizer=None, dtype=None, card="",
         for left_over in (new, folder / ".saved"):
             shutil.rmtree(left_over, ignore_errors=True)
         new.mkdir()
-        save_weights(new, stored, max_shard_bytes)
-        write_json(new / "config.json", hf_config)
-        write_json(new / "generation_config.json", {key: ids for key, ids in generation.items() if ids is not None})
+        write(new)
         if tokenizer is not None:
             tokenizer.save(new)
         if card:
             (new / "README.md").write_text(card, encoding="utf-8")
         write_json(new / "files.json", sorted(path.name for path in new.iterdir()))
         for path in new.iterdir():
-            shutil.copymode(new / "config.json", path)      # safetensors lets nobody but its owner read its files
+            shutil.copymode(new / "files.json", path)       # safetensors lets nobody but its owner read its files
             flush(path)
         flush(new)
         os.replace(new, folder / ".saved")      # from here on the new checkpoint is the one that loads
@@ -154,11 +179,12 @@ def finish_save(folder):
     if not listing.is_file():
         return
     files = [Path(file).name for file in json.loads(listing.read_text(encoding="utf-8"))]    # never outside the folder
-    for file in sorted(files, key=lambda file: file == "config.json"):      # config.json last
+    for file in sorted(files, key=lambda file: file in ("config.json", "adapter_config.json")):     # those last
         with suppress(FileNotFoundError):       # moved already, before an interruption or by another rank just now
             os.replace(done / file, folder / file)
     for path in folder.iterdir():               # what the previous checkpoint had and this one has not
-        stale = WEIGHT_FILE.fullmatch(path.name) or (path.name in TOKENIZER_FILES and "tokenizer_config.json" in files)
+        stale = (WEIGHT_FILE.fullmatch(path.name) or path.name in CONFIG_FILES
+                 or (path.name in TOKENIZER_FILES and "tokenizer_config.json" in files))
         if stale and path.name not in files:
             path.unlink(missing_ok=True)
     flush(folder)
@@ -183,18 +209,19 @@ def flush(path):
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_model(folder, device="cpu", dtype=torch.float32, rope_scaling=""):
+def load_model(folder, device="cpu", dtype=torch.float32, rope_scaling="", quantize="none"):
     """Read a Hugging Face folder -> (CausalLM in eval mode, Tokenizer). UserError says what is wrong, and where.
 
     rope_scaling "yarn:4" or "linear:4" reads a context 4 times as long as trained (`ModelConfig.stretched`).
+    quantize "int8", "int4" or "nf4" packs the weights of the blocks (model/quantize.py), from what the files hold.
     """
-    model = load_causal_lm(folder, device, dtype, rope_scaling)
+    model = load_causal_lm(folder, device, dtype, rope_scaling, quantize)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
     return model, tokenizer
 
 
-def load_causal_lm(folder, device="cpu", dtype=torch.float32, rope_scaling=""):
+def load_causal_lm(folder, device="cpu", dtype=torch.float32, rope_scaling="", quantize="none"):
     """The model of a folder without its tokenizer."""
     hf = read_config(folder)
     for architecture in hf.get("architectures") or []:
@@ -202,8 +229,31 @@ def load_causal_lm(folder, device="cpu", dtype=torch.float32, rope_scaling=""):
             raise UserError(f"{folder}: config.json says {architecture}; needed here is a language model, …ForCausalLM")
     with torch.device("meta"):                  # shapes only: no memory, no random numbers
         model = CausalLM(parse_config(hf, folder).stretched(rope_scaling)).to(dtype)
-    fill(model, folder, device)
+    fill(model, folder, device, quantize)
     return model.eval()
+
+
+def load_reward_model(folder, device="cpu", dtype=torch.float32, quantize="none"):
+    """Read a folder -> (ScalarModel in eval mode, Tokenizer): a reward model, or the beginning of one.
+
+    Of …ForSequenceClassification with one label everything is read; of a language model the decoder, and the head is
+    fresh.
+    """
+    hf = read_config(folder)
+    names = hf.get("architectures") or []
+    labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)      # as transformers counts them
+    fresh_head = all(name.endswith("ForCausalLM") for name in names)
+    if not fresh_head and not all(name.endswith("ForSequenceClassification") for name in names):
+        raise UserError(f"{folder}: config.json says {names[0]}; needed here is a reward model, "
+                        "…ForSequenceClassification with one label, or a language model, …ForCausalLM, to make one of")
+    if not fresh_head and labels != 1:
+        raise UserError(f"{folder}: a classifier with {labels} labels (config.json); a reward model has one")
+    with torch.device("meta"):
+        model = ScalarModel(parse_config(hf, folder)).to(dtype)
+    fill(model, folder, device, quantize, fresh_head)
+    tokenizer = Tokenizer.load(folder)
+    check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    return model.eval(), tokenizer
 
 
 def load_config(folder) -> ModelConfig:
@@ -238,30 +288,62 @@ def parse_config(hf, folder):
         raise UserError(f"{folder}: {error}") from error
 
 
-def fill(model, folder, device="cpu"):
-    """Give a model that was built on the meta device memory on `device`, and the weights of the folder, strictly."""
+def fill(model, folder, device="cpu", quantize="none", fresh_head=False):
+    """Give a model that was built on the meta device memory on `device`, and the weights of the folder, strictly.
+
+    quantize: matrix after matrix is read, packed and dropped, so that memory never holds more than one of them whole.
+    fresh_head: the folder holds a language model, whose head is left there; that of `model` is initialised.
+    """
     with ExitStack() as files:
         source = {}                             # tensor name -> (open file, its path)
         for path in weight_files(Path(folder)):
             opened = files.enter_context(open_weights(path))
             for name in opened.keys():          # noqa: SIM118 (not a dict)
                 source[name] = opened, path
-        tied = model.config.tie_word_embeddings
-        check_names(hf_tensors(model.state_dict(), tied), source, tied, folder)
-
-        model.to_empty(device=device)
-        if tied:                                # to_empty gives each module its own memory
-            model.lm_head.weight = model.model.embed_tokens.weight
+        if fresh_head:
+            source.pop("lm_head.weight", None)
+        model.fingerprint = fingerprint(source)
+        tied = model.config.tie_word_embeddings and not isinstance(model, ScalarModel)
         wanted = hf_tensors(model.state_dict(), tied)
-        for name, tensor in wanted.items():
-            opened, path = source[name]
-            tensor.copy_(opened.get_tensor(name))
+        check_names({name: tensor for name, tensor in wanted.items() if not (fresh_head and name == "score.weight")},
+                    source, tied, folder)
+
+        def read(name):
+            """A weight of the model as the files have it, experts stacked."""
+            parts = hf_tensors({name: model.get_parameter(name)}, tied)
+            tensors = [source[part][0].get_tensor(part).to(device) for part in parts]
+            return torch.stack(tensors) if ".experts." in name else tensors[0]
+
+        quantize_model(model, quantize, read)
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        if tied:                                # that has given each module its own memory
+            model.lm_head.weight = model.model.embed_tokens.weight
+        if fresh_head:
+            model.init_head()
+        for name, tensor in hf_tensors(model.state_dict(), tied).items():
+            if name in source:                  # all but a fresh head
+                tensor.copy_(source[name][0].get_tensor(name))
         if tied and "lm_head.weight" in source:
             opened, path = source["lm_head.weight"]
             embedding = opened.get_tensor("lm_head.weight").to(model.lm_head.weight)
             if not torch.equal(embedding, model.lm_head.weight):
                 raise UserError(f"{path}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
                                 "tie_word_embeddings; set it to false to use both")
+
+
+def fingerprint(source):
+    """A hash that tells the decoders of two folders apart; `source` as in `fill`.
+
+    It is taken of the middle row of each tensor in bfloat16, hence quickly, and the same for a copy in bfloat16. Heads
+    are left out: a reward model grows its own on the decoder that an adapter is for.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(name for name in source if name.startswith("model.") and not RECOMPUTED.fullmatch(name)):
+        tensor = source[name][0].get_slice(name)
+        rows = tensor.get_shape()[0]
+        digest.update(f"{name} {tensor.get_shape()}".encode())
+        digest.update(tensor[rows // 2:rows // 2 + 1].bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def weight_files(folder):

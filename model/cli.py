@@ -16,9 +16,10 @@ import dataclasses
 import sys
 
 
-def arg(default, help, choices=None):
-    """A dataclass field that is also a command-line flag. `choices` limits a str flag to the given values."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def arg(default, help, choices=None, positional=False):
+    """A dataclass field that is also a command-line flag. `choices` limits a str flag to the given values; positional:
+    the value stands alone on the command line, without a flag before it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
 
 
 class HintingParser(argparse.ArgumentParser):
@@ -46,7 +47,10 @@ def parse_args(cls, argv=None, description="", hints=None):
         text = field.metadata["help"].replace("%", "%%")
         shown = f" (default: {field.default})" if field.default != "" else ""
         options = {"default": field.default, "help": text + shown, "dest": field.name}
-        if field.type is bool:
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, nargs="?", default=field.default, help=text + shown,
+                                metavar=field.name.upper())
+        elif field.type is bool:
             parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         else:
             parser.add_argument(f"--{field.name}", type=field.type, choices=field.metadata["choices"],

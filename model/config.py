@@ -49,6 +49,10 @@ class ModelConfig:
     bos_token_id: int = -1
     eos_token_id: int = -1
     pad_token_id: int = -1
+    # what a reward model or an evaluator says of itself besides its shape; transformers passes over these keys
+    reward_mean: float = 0.0                  # μ and σ of its scores of held-out answers (model/heads.py)
+    reward_std: float = 0.0                   # 0 = never measured
+    judge_template: str = ""                  # the question that its yes or no answers (dataset/judgements.py)
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -138,7 +142,7 @@ class ModelConfig:
                           num_shared_experts=hf["n_shared_experts"], moe_intermediate_size=hf["moe_intermediate_size"],
                           routed_scaling_factor=hf["routed_scaling_factor"], first_k_dense=hf["first_k_dense_replace"],
                           aux_loss_coef=hf["router_aux_loss_coef"])
-        config = cls(**fields)
+        config = cls(**fields, **{name: hf[name] for name in SAID_OF_ITSELF if name in hf})
         if config.num_experts and config.norm_topk_prob and config.num_experts_per_tok == 1:
             raise UserError("config.json: norm_topk_prob with one expert per token makes every gate s/s = 1; "
                             "that is not supported")
@@ -163,6 +167,7 @@ class ModelConfig:
         normalise = self.norm_topk_prob and self.num_experts_per_tok > 1      # as model/moe.py computes it
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             hf[name] = getattr(self, name) if getattr(self, name) >= 0 else None
+        hf.update({name: getattr(self, name) for name in SAID_OF_ITSELF if getattr(self, name)})
         if kind == "llama":
             hf["mlp_bias"] = self.mlp_bias
         if kind in ("qwen2", "qwen3", "qwen3_moe"):
@@ -254,6 +259,8 @@ def read_window(hf):
         raise UserError("config.json: layers with and without a sliding window in one model are not supported")
     return window if layers[0] == "sliding_attention" else 0
 
+
+SAID_OF_ITSELF = ("reward_mean", "reward_std", "judge_template")
 
 # What must stand in a config.json, and what transformers assumes for the keys that one leaves out.
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -29,20 +29,28 @@ class KVCache:
     """Keys and values of every layer, allocated once for at most `max_len` tokens per row.
 
     The decoder calls `update` in each layer and `advance` once per forward; `length` tokens are filled. What `update`
-    returns is a view of the store, so a step copies one position and nothing else.
+    returns is a view of the store, so a step copies one position and nothing else. Virtual tokens, if the decoder has
+    some (model/adapters/soft_prompt.py), stand before the tokens of every row and are not counted by `length`.
     """
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, max_len, config.head_dim)
         self.store = torch.empty(shape, device=device, dtype=dtype)        # (layers, 2, B, K, S, d): keys, values
-        self.length = 0
+        self.length = self.virtual = 0
+
+    def put_before(self, keys_values):
+        """Let virtual tokens, keys_values (layers, 2, K, k, d), stand before every row of an empty cache."""
+        layers, two, rows, heads, slots, width = self.store.shape
+        slots, self.virtual = slots - self.virtual, keys_values.shape[3]
+        self.store = self.store.new_empty(layers, two, rows, heads, self.virtual + slots, width)
+        self.store[:, :, :, :, :self.virtual] = keys_values[:, :, None]
 
     def update(self, layer, k, v):
         """Append k and v (B, K, T, d) of one layer; returns all of its keys and values, (B, K, length + T, d) each."""
-        end = self.length + k.shape[2]
-        keys, values = self.store[layer, :, :, :, :end]                    # (B, K, length + T, d)
-        keys[:, :, self.length:] = k
-        values[:, :, self.length:] = v
+        start = self.virtual + self.length
+        keys, values = self.store[layer, :, :, :, :start + k.shape[2]]     # (B, K, length + T, d), virtual ones besides
+        keys[:, :, start:] = k
+        values[:, :, start:] = v
         return keys, values
 
     def advance(self, count):
@@ -54,16 +62,17 @@ class KVCache:
         copy = KVCache.__new__(KVCache)
         layers, two, rows, heads, slots, width = self.store.shape
         copy.store = self.store.new_empty(layers, two, rows * n, heads, slots, width)
-        copy.length = self.length
-        filled = self.store[:, :, :, :, :self.length]
-        copy.store[:, :, :, :, :self.length] = filled.repeat_interleave(n, dim=2)
+        copy.length, copy.virtual = self.length, self.virtual
+        filled = self.virtual + self.length
+        copy.store[:, :, :, :, :filled] = self.store[:, :, :, :, :filled].repeat_interleave(n, dim=2)
         return copy
 
     def select(self, rows):
         """Keep only `rows` (ascending indices), in place: finished rows leave the batch."""
-        kept = self.store[:, :, rows, :, :self.length]
+        filled = self.virtual + self.length
+        kept = self.store[:, :, rows, :, :filled]
         self.store = self.store[:, :, :len(rows)]
-        self.store[:, :, :, :, :self.length] = kept
+        self.store[:, :, :, :, :filled] = kept
 
 
 # --- 2. from logits to the distribution that is sampled
@@ -296,12 +305,14 @@ class Completion:
     text: str = ""
 
 
-def generate(model, prompts, params, tokenizer=None, num_samples=1, batch_size=0):
+def generate(model, prompts, params, tokenizer=None, num_samples=1, batch_size=0, numbers=None):
     """Continue every prompt `num_samples` times; returns a list, per prompt, of lists of Completion.
 
     prompts: lists of ids, of any lengths. batch_size: rows computed together (0 = all); it changes speed and memory,
-    not the result. Prompt and completion together never exceed config.max_position_embeddings: a row that reaches it
-    ends with "length". Raises UserError for an empty prompt, or one that leaves no room.
+    not the result. numbers: what stands for each prompt in its random draws, default its place in the list; where the
+    prompts are shared between calls or ranks, numbers that do not depend on how give every prompt the same draws.
+    Prompt and completion together never exceed config.max_position_embeddings: a row that reaches it ends with
+    "length". Raises UserError for an empty prompt, or one that leaves no room.
     """
     stop_ids, budgets, seed = check(model, prompts, params, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))     # neighbours of like length: little padding
@@ -310,7 +321,8 @@ def generate(model, prompts, params, tokenizer=None, num_samples=1, batch_size=0
     for start in range(0, len(order), size):
         chunk = order[start:start + size]
         steps = max(budgets[i] for i in chunk)
-        uniform = uniform_draws(seed, chunk, num_samples, steps, model.lm_head.weight.device)
+        names = [numbers[i] for i in chunk] if numbers else chunk
+        uniform = uniform_draws(seed, names, num_samples, steps, model.lm_head.weight.device)
         limits = [budgets[i] for i in chunk for _ in range(num_samples)]
         with inference(model):
             batch = Batch(model, [prompts[i] for i in chunk], params, num_samples, steps)

@@ -118,15 +118,20 @@ def attention(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def segment_blocks(segment_ids):
+def segment_blocks(segment_ids, virtual=0):
     """The BlockMask of packed rows, segment_ids (B, T): causal, and each text sees itself only. Whole blocks of the
-    T x T scores in which nobody may see anybody are never computed, so a row of short texts costs what they cost."""
+    T x T scores in which nobody may see anybody are never computed, so a row of short texts costs what they cost.
+    virtual: so many keys that every token sees stand before the T own ones."""
     B, T = segment_ids.shape
 
     def visible(b, h, query, key):
         return (key <= query) & (segment_ids[b, query] == segment_ids[b, key])
 
-    return create_block_mask(visible, B, None, T, T, device=segment_ids.device)
+    def visible_after_virtual(b, h, query, key):
+        return (key < virtual) | visible(b, h, query, (key - virtual).clamp(min=0))
+
+    return create_block_mask(visible_after_virtual if virtual else visible, B, None, T, virtual + T,
+                             device=segment_ids.device)
 
 
 @functools.cache
@@ -257,14 +262,16 @@ class LinearLogprobs(Function):
     @once_differentiable
     def backward(ctx, g):
         hidden, weight, targets = ctx.saved_tensors
-        dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(wide(weight))
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(wide(weight)) if ctx.needs_input_grad[1] else None     # not beside adapters
         for h, dh, y, upstream in zip(*in_chunks(weight, hidden, dhidden, targets, g), strict=True):
             d = logits_of(h, weight, ctx.temperature).softmax(-1).neg_()         # (n, V)
             d[torch.arange(len(y), device=y.device), y] += 1                     # onehot - softmax
             d = d.mul_(upstream[:, None] / ctx.temperature).to(weight.dtype)
             torch.mm(d, weight, out=dh)
-            dweight += d.mT @ h
-        return dhidden, dweight.to(weight.dtype), None, None
+            if dweight is not None:
+                dweight += d.mT @ h
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
 
 
 def logits_of(h, weight, temperature):

@@ -21,6 +21,15 @@ def token_logprobs(model, input_ids, attention_mask=None, segment_ids=None, posi
     return model(input_ids, attention_mask, segment_ids, positions, head=head)
 
 
+def segment_sums(x, segment_ids, num_segments):
+    """Sums of x (B, T) over the tokens of each of the segments 1 … num_segments of a packed row -> (B, num_segments).
+
+    segment_ids (B, T), 0 = padding. With x = logprobs · mask these are the log-probabilities of whole completions.
+    """
+    sums = x.new_zeros(len(x), num_segments + 1)
+    return sums.scatter_add(1, segment_ids, x)[:, 1:]
+
+
 def masked_reduce(x, mask, how, length=0):
     """Reduce per-token values x (B, T) under mask (B, T), 1 = counts.
 

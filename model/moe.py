@@ -199,7 +199,8 @@ def expert_load(model: nn.Module):
 def update_router_bias(model: nn.Module, u: float = 1e-3):
     """Call after each optimizer step: b_e += u · sign(mean load - load_e) over all ranks; then counting starts anew.
 
-    Softmax routers have no bias: theirs is only the new start. Ranks stay equal because the loads are summed first.
+    Softmax routers have no bias and frozen ones keep theirs: for them it is only the new start. Ranks stay equal
+    because the loads are summed first.
     """
     found = routers(model)
     if not found:
@@ -208,6 +209,6 @@ def update_router_bias(model: nn.Module, u: float = 1e-3):
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(loads)
     for router, load in zip(found, loads, strict=True):
-        if router.kind == "sigmoid":
+        if router.kind == "sigmoid" and router.weight.requires_grad:
             router.e_score_correction_bias += u * torch.sign(load.sum() - len(load) * load)  # exact: integers
         router.load = torch.zeros_like(router.load)

@@ -192,12 +192,15 @@ class Tokenizer:
                 self.special_id(text)
         return Tokenizer(self.rule, self.special, self._hidden, self.config, path.read_text(encoding="utf-8"))
 
-    def render(self, messages, tools=None, add_generation_prompt=False, enable_thinking=False):
+    def render(self, messages, tools=None, add_generation_prompt=False, enable_thinking=None):
         """Conversation → (ids, mask), two lists of equal length.
 
         mask[i] = 1 where ids[i] is the assistant's to produce: the content of its turns and their end.
-        add_generation_prompt ends with the header of an assistant turn; enable_thinking also opens its `<think>`.
-        The ids of messages[:-1] with a generation prompt are a prefix of the ids of messages.
+        add_generation_prompt ends with the header of an assistant turn. enable_thinking is the template's switch; in
+        ours True also opens a `<think>`, False writes an empty thought after which only an answer can come, and None
+        leaves it to the model. Thoughts of turns before the user's last are dropped, as in Qwen3's template.
+        The ids of messages[:-1] with a generation prompt are a prefix of the ids of messages, whose last turn then
+        holds a thought (True), an empty one (False: "reasoning_content": "") or either or none of them (None).
 
         Each stretch between special tokens is encoded by itself, and so are an assistant's header and its content:
         the content of a turn is cut the same way in training as when it follows a prompt, even if it starts with a
@@ -222,7 +225,8 @@ class Tokenizer:
             )
 
         try:
-            text = lay_out(messages, add_generation_prompt=add_generation_prompt, enable_thinking=enable_thinking)
+            switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}    # a template may ask
+            text = lay_out(messages, add_generation_prompt=add_generation_prompt, **switch)     # whether it is set
             if "generation" not in self._template_tags:
                 text = self._mark_by_prefixes(text, messages, lay_out, BEGIN, END)
         except jinja2.TemplateError as error:

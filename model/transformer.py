@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.kernels import attention, has_flex, rms_norm, rotate, segment_blocks, silu_mul
 from model.moe import MoE
+from model.quantize import packed_weights
 
 
 class RMSNorm(nn.Module):
@@ -193,6 +194,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.config = config
         self.activation_checkpointing = False        # keep only each block's input, compute the rest again for backward
+        self.soft_prompt = None                      # virtual tokens before every text: model/adapters/soft_prompt.py
         theta, self.rope_factor = rope_frequencies(config)
         self.register_buffer("theta", theta, persistent=False)                    # (d/2,)
 
@@ -202,6 +204,12 @@ class Decoder(nn.Module):
         self.theta = rope_frequencies(self.config)[0].to(self.theta.device)
         return self
 
+    def rotation(self, positions):
+        """cos and sin (B or 1, T, 1, d/2) of the rotary angles at positions (B or 1, T)."""
+        with torch.autocast(positions.device.type, enabled=False):                # angles need float32
+            angles = (positions[:, :, None].float() * self.theta)[:, :, None]     # (B or 1, T, 1, d/2)
+            return angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+
     def forward(self, ids, attention_mask, segment_ids, positions, cache):
         (B, T), past = ids.shape, cache.length if cache is not None else 0
         real = None if attention_mask is None else attention_mask[:, past:].bool()    # (B, T)
@@ -210,13 +218,14 @@ class Decoder(nn.Module):
         if positions is None:
             positions = (torch.arange(past, past + T, device=ids.device)[None] if attention_mask is None
                          else (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:])
-        with torch.autocast(ids.device.type, enabled=False):                      # angles need float32
-            angles = (positions[:, :, None].float() * self.theta)[:, :, None]     # (B or 1, T, 1, d/2)
-            cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        virtual = self.soft_prompt.size if self.soft_prompt is not None else 0
         x = self.embed_tokens(ids)                                                # (B, T, D)
         packed = segment_ids is not None and attention_mask is None and not self.config.sliding_window
-        mask = (segment_blocks(segment_ids) if packed and ids.is_cuda and has_flex() else
+        mask = (segment_blocks(segment_ids, virtual) if packed and ids.is_cuda and has_flex() else
                 attention_mask_for(T, past, ids.device, attention_mask, segment_ids, self.config.sliding_window))
+        if virtual:
+            cache, mask, positions = self.soft_prompt.put_before(self, cache, mask, positions)
+        cos, sin = self.rotation(positions)
         aux_losses = []
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -238,6 +247,9 @@ class Output(NamedTuple):
 
 class CausalLM(nn.Module):
     """The decoder with a language-model head. `CausalLM(config)` is freshly initialised (see `init_weights`)."""
+
+    fingerprint = ""          # of the folder its weights come from (model/checkpoint.py)
+    adapters = {}             # name: AdapterConfig of what is attached (model/adapters/)
 
     def __init__(self, config):
         super().__init__()
@@ -280,8 +292,10 @@ class CausalLM(nn.Module):
 
 def count_parameters(model):
     """(total, active): numbers of parameters held, and used by one token (embeddings once, k of the E experts)."""
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes.update({name: packed.shape.numel() for name, packed in packed_weights(model).items()})
+    total = sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
     config = model.config
     unused = experts * (1 - config.num_experts_per_tok / config.num_experts) if config.num_experts else 0
     return total, total - int(unused)
