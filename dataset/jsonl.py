@@ -9,6 +9,7 @@ yields  document    {"text": str}
         chat        {"messages": [...], "tools": [...] or None}
         preference  {"chosen": [...], "rejected": [...], "tools": [...] or None}
         prompt      {"messages": [...], "tools": ..., "answer": ..., "checker": ..., and the record's other keys}
+        unpaired    {"messages": [...], "tools": ..., "label": bool}, or a preference, which is two of these
 writes  out/cache/  where every line starts, and the unpacked form of .gz files. Delete it whenever no run reads it.
 
 A message is {"role": system | user | assistant | tool, "content": str}; an assistant's may have "reasoning_content",
@@ -53,8 +54,11 @@ ROLES = {
     "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
 }
+# How a judgement, a record with "principle", "text" and "answer" (yes or no), becomes a conversation.
+JUDGE_TEMPLATE = "Text:\n{text}\n\nQuestion: {principle} Answer yes or no."
 SHAPES = ('"text"; "conversations" or "messages"; "prompt" and "completion"; "instruction" and "output"; '
-          '"question" and "answer"; "chosen" and "rejected"; or a conversation with "answer" and "checker"')
+          '"question" and "answer"; "principle", "text" and "answer" (yes or no); "chosen" and "rejected"; or a '
+          'conversation with "answer" and "checker"')
 CONVERSATION_KEYS = {"conversations", "messages", "prompt", "completion", "instruction", "input", "output", "question",
                      "system", "tools"}
 
@@ -357,9 +361,9 @@ def load_json(line):
 def records(paths, kind=None, on_bad_record="stop"):
     """Yield every record of `paths` in its plain shape (see above).
 
-    kind: "document", "chat", "preference", "prompt", or None to tell by the record's keys. A .txt file comes as
-    documents of about 64 KiB. on_bad_record: "stop" raises UserError with file:line; "skip" leaves the line out and
-    says on stderr how many there were.
+    kind: "document", "chat", "preference", "prompt", "unpaired", or None to tell by the record's keys. A .txt file
+    comes as documents of about 64 KiB. on_bad_record: "stop" raises UserError with file:line; "skip" leaves the line
+    out and says on stderr how many there were.
     """
     for path in find_files(paths):
         if is_text(path):
@@ -492,7 +496,7 @@ def parse_record(record, kind=None):
     if kind == "document":
         return {"text": string(record, "text")}, problems
     tools = parse_tools(record)
-    if kind == "preference":
+    if kind == "preference" or (kind == "unpaired" and "label" not in record and "chosen" in record):
         prompt = parse_prompt(record["prompt"], "prompt", problems) if "prompt" in record else []
         sides = {}
         for side in ("chosen", "rejected"):
@@ -508,6 +512,12 @@ def parse_record(record, kind=None):
         if all(message["role"] != "assistant" for message in messages):
             raise BadRecord(f'"{field}" holds no assistant turn to learn from')
         return {"messages": messages, "tools": tools}, problems
+    if kind == "unpaired":
+        if messages[-1]["role"] != "assistant":
+            raise BadRecord(f'"{field}" must end with an assistant turn, which the label is about')
+        if record.get("label") not in (True, False):                      # 1 and 0 are these too
+            raise BadRecord('"label" must be there and be true (a good answer) or false (a bad one)')
+        return {"messages": messages, "tools": tools, "label": bool(record["label"])}, problems
     if kind != "prompt":
         raise ValueError(f"unknown kind of record: {kind}")
     if messages[-1]["role"] == "assistant":
@@ -529,6 +539,8 @@ def final_result(answer):
 
 def guess_kind(record):
     """Which of the four shapes a record has, by its keys."""
+    if "principle" in record:
+        return "chat"
     if "text" in record:
         return "document"
     if "chosen" in record or "rejected" in record:
@@ -590,6 +602,8 @@ def parse_conversation(record, problems):
         elif "question" in record:
             field, messages = "question", [{"role": "user", "content": string(record, "question")}]
             messages = messages + parse_reply(record, "answer", problems)
+        elif "principle" in record:
+            field, messages = "principle", parse_judgement(record)
         elif "text" in record:
             raise BadRecord('a document ("text") where a conversation is needed; only pretraining reads documents')
         else:
@@ -598,6 +612,20 @@ def parse_conversation(record, problems):
     if record.get("system") and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": string(record, "system")}, *messages]
     return messages, field
+
+
+def parse_judgement(record):
+    """A yes/no question about a text as a conversation."""
+    if record.get("answer") not in ("yes", "no"):
+        raise BadRecord(f'"answer" is {record.get("answer")!r}; that of a judgement must be "yes" or "no"')
+    question = judge_prompt(string(record, "principle"), string(record, "text"))
+    return [*question, {"role": "assistant", "content": record["answer"]}]
+
+
+def judge_prompt(principle, text, template=JUDGE_TEMPLATE):
+    """The messages that ask whether a text fulfils a principle; a template has {text} and {principle} in it."""
+    values = {"principle": principle, "text": text}
+    return [{"role": "user", "content": re.sub(r"\{(principle|text)\}", lambda name: values[name[1]], template)}]
 
 
 def parse_prompt(value, field, problems):

@@ -4,8 +4,8 @@
     data[0]         {"input_ids", "loss_mask", "segment_ids", "positions"}, each (T,) with T = max_len
     collate([data[0], data[1]])                                       the same as torch tensors (B, T)
 
-Which stage reads which class: pretraining PretrainDataset; full_sft and lora SFTDataset. (Preference pairs for reward
-and dpo, and prompts for the reinforcement-learning stages, get a PreferenceDataset and a PromptDataset here.)
+Which stage reads which class: pretraining PretrainDataset; full_sft and lora SFTDataset; reward and dpo
+PreferenceDataset (with --loss kto UnpairedDataset). (Prompts for reinforcement learning get a PromptDataset.)
 
 A row holds several texts one after the other, so that no compute is spent on padding:
 
@@ -16,6 +16,12 @@ A row holds several texts one after the other, so that no compute is spent on pa
 
 The mask is *target-aligned*: loss_mask[t] speaks of input_ids[t], which is predicted from the tokens before it in its
 segment. The first token of a segment has nothing before it and is never a target.
+
+Rows of preferences hold pairs of texts, segments 1 and 2, 3 and 4, …, each the whole prompt with one answer:
+
+    segment_ids    1    1    1    1    2    2    2   2    2    0       1 the chosen, 2 the rejected answer to a prompt
+    loss_mask      0    0    1    1    0    0    1   1    1    0       1 = of the answer; the prompt is no target
+    pairs          1    0    0    …                                    (P,) 1 = there is a k-th pair; P = max_len // 4
 
 The tokens come from tokens.py, and the plan of the rows is kept beside them in out/cache/. Nothing that grows with the
 data is ever in memory as a whole: not the text, not the tokens, not the plan.
@@ -133,6 +139,7 @@ class PackedRows:
         """stores: TokenStores, those of .txt files (whose split is made already) last."""
         self.stores, self.max_len, self.pad_id = stores, max_len, tokenizer.pad_id
         self.token_bytes = tokenizer.token_bytes
+        self.columns = {}                                   # name: one more array of every row, added by who needs it
         num_records = sum(len(store.texts) for store in stores if not is_text(store.path))
         val = np.zeros(0, np.int64)
         if split != "all" and num_records:
@@ -183,7 +190,13 @@ class PackedRows:
             segments[here] = segment
             positions[here] = np.arange(size)
             at += size
-        return {"input_ids": ids, "loss_mask": mask, "segment_ids": segments, "positions": positions}
+        return {"input_ids": ids, "loss_mask": mask, "segment_ids": segments, "positions": positions,
+                **{name: column[row] for name, column in self.columns.items()}}
+
+    @staticmethod
+    def count(batch):
+        """Number of things in a batch over which a loss is averaged: tokens that the model must emit."""
+        return int(batch["loss_mask"].sum())
 
     def where(self, row):
         """The records that a row holds, in its order: a list of "file:line", of .txt files "file: bytes first-last"."""
@@ -274,6 +287,10 @@ class Mixture:
     def __len__(self):
         return self.firsts[-1]
 
+    def count(self, batch):
+        """As PackedRows.count."""
+        return self.sources[0].count(batch)
+
     def source_of(self, row):
         """(source, its own number of the row)"""
         row = range(len(self))[row] if self.order is None else int(self.order[row])
@@ -358,6 +375,7 @@ class SFTDataset(PackedRows):
     """
 
     noun = "conversations"
+    settings = {}                                           # of `tokens.write_chats`, if not the usual ones
 
     def __init__(self, paths, tokenizer, max_len, split="all", val_fraction=0.1, val_records=1000, seed=0,
                  on_bad_record="stop"):
@@ -366,7 +384,7 @@ class SFTDataset(PackedRows):
         for path in find_files(paths):
             if is_text(path):
                 raise UserError(f"{path}: a .txt file holds no conversations; give .jsonl, or pretrain on it")
-            stores.append(token_store(path, "chat", tokenizer, on_bad_record, max_len=max_len))
+            stores.append(token_store(path, "chat", tokenizer, on_bad_record, max_len=max_len, **self.settings))
         super().__init__(stores, split, val_fraction, val_records, seed, tokenizer, max_len, cut=False)
         too_long = sum(store.meta["too_long"] for store in stores)
         if not len(self):
@@ -375,6 +393,114 @@ class SFTDataset(PackedRows):
         if too_long:
             warn(f"{paths}: {too_long} conversations dropped, whose last exchange is longer than {max_len} tokens or "
                  "has no answer; raise --max_len to keep them")
+
+
+class ReasonDataset(SFTDataset):
+    """Conversations with thoughts, as SFTDataset lays them out, and a weight for every token.
+
+    "weights" (T,) float32 has thought_weight between <think> and </think>, tag_weight on the tags (<answer> and
+    </answer> too) and answer_weight elsewhere; a batch counts the sum of its targets' weights. A record whose tags are
+    out of order or never closed is a bad record: as plain text it would teach to write them letter by letter.
+    """
+
+    settings = {"strict_markup": True}
+
+    def __init__(self, paths, tokenizer, max_len, split="all", tag_weight=1.0, thought_weight=1.0, answer_weight=1.0,
+                 **options):
+        super().__init__(paths, tokenizer, max_len, split, **options)
+        self.opening, self.closing = tokenizer.special_id("<think>"), tokenizer.special_id("</think>")
+        tags = ("<think>", "</think>", "<answer>", "</answer>")
+        self.tags = [tokenizer.special[tag] for tag in tags if tag in tokenizer.special]
+        self.tag_weight, self.thought_weight, self.answer_weight = tag_weight, thought_weight, answer_weight
+
+    def __getitem__(self, row):
+        row = super().__getitem__(row)
+        ids = row["input_ids"]
+        open_thoughts = np.cumsum(ids == self.opening) - np.cumsum(ids == self.closing)      # 1 inside of one, else 0
+        weights = np.where(open_thoughts > 0, self.thought_weight, self.answer_weight)
+        row["weights"] = np.where(np.isin(ids, self.tags), self.tag_weight, weights).astype(np.float32)
+        return row
+
+    @staticmethod
+    def count(batch):
+        """The weights of all targets of a batch together."""
+        return float((batch["loss_mask"] * batch["weights"]).sum())
+
+
+class PreferenceDataset(PackedRows):
+    """Pairs: two answers to one prompt, of which the first is preferred. Both sides of a pair lie in one row.
+
+    Segments 2k-1 and 2k of a row are the chosen and the rejected text of its k-th pair, prompt included; the prompt,
+    all turns in which the sides agree, is the same tokens in both; the loss is on what the assistant says after it.
+    "pairs" (P,) marks the pairs that there are; a batch counts pairs, not tokens.
+
+    A pair that is longer than a row loses the oldest exchanges of its prompt, both sides the same; one that still does
+    not fit, or in which a side says nothing, is dropped and counted. UserError (or skipped, with on_bad_record="skip"):
+    equal sides, sides that answer different prompts. Arguments as in PretrainDataset.
+    """
+
+    noun, kind = "pairs", "preference"
+
+    def __init__(self, paths, tokenizer, max_len, split="all", val_fraction=0.1, val_records=1000, seed=0,
+                 on_bad_record="stop"):
+        check_arguments(split, val_fraction, max_len)
+        self.most_pairs = max(1, max_len // 4)              # a text has a token of its prompt and one target at least
+        stores = []
+        for path in find_files(paths):
+            if is_text(path):
+                raise UserError(f"{path}: a .txt file holds no preferences; give .jsonl")
+            stores.append(token_store(path, self.kind, tokenizer, on_bad_record, max_len=max_len))
+        super().__init__(stores, split, val_fraction, val_records, seed, tokenizer, max_len, cut=False)
+        too_long, empty = (sum(store.meta[name] for store in stores) for name in ("too_long", "empty"))
+        if not len(self):
+            raise UserError(f"{paths}: none of the {self.report['records']} records of the {split} split can be used; "
+                            f"in all, {too_long} are longer than {max_len} tokens, both sides together (raise "
+                            f"--max_len), and in {empty} an answer is empty")
+        if too_long or empty:
+            warn(f"{paths}: {too_long} {self.noun} dropped that are longer than {max_len} tokens, both sides together "
+                 f"(raise --max_len to keep them), and {empty} in which an answer is empty")
+
+    def __getitem__(self, row):
+        return self.read(row)[0]
+
+    def read(self, row):
+        """(the row, flags (n,) of the first token of its second, fourth, … text)"""
+        row = super().__getitem__(row)
+        marks, texts = row["loss_mask"], row["segment_ids"]
+        begins = np.flatnonzero((marks >= tokens.SIDE) | (np.diff(texts, prepend=0) > 0))         # of all sides
+        row["segment_ids"] = np.where(texts, np.searchsorted(begins, np.arange(self.max_len), side="right"), 0)
+        row["positions"] = np.where(texts, np.arange(self.max_len) - begins[row["segment_ids"] - 1], 0)
+        row["loss_mask"] = (marks == 1).astype(np.uint8)
+        row["pairs"] = (np.arange(self.most_pairs) < len(begins) // 2).astype(np.uint8)
+        return row, marks[begins[1::2]]
+
+    @staticmethod
+    def count(batch):
+        """Number of pairs in a batch."""
+        return int(batch["pairs"].sum())
+
+
+class UnpairedDataset(PreferenceDataset):
+    """Answers that were judged each by itself, good or bad, for KTO; a preference is one of each.
+
+    As PreferenceDataset, but segments 2k-1 and 2k are a judged text and its prompt with the answer of another record of
+    the file (what the loss compares with), and "desirable" (P,) is 1 where the judged answer is good.
+    """
+
+    noun, kind = "answers", "unpaired"
+
+    def __getitem__(self, row):
+        row, flags = self.read(row)
+        row["desirable"] = np.zeros_like(row["pairs"])
+        row["desirable"][:len(flags)] = flags == tokens.GOOD_SIDE
+        return row
+
+
+def kind_of(paths):
+    """The class that reads `paths`, told by the first record: SFTDataset for conversations, else PretrainDataset."""
+    first = find_files(jsonl.weight_of(jsonl.parts_of(paths)[0])[0])[0]
+    chats = not is_text(first) and "messages" in jsonl.JsonlFile(first).record(0)[0]
+    return SFTDataset if chats else PretrainDataset
 
 
 def collate(rows):

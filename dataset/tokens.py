@@ -49,6 +49,7 @@ BATCH_CHARACTERS = 1 << 18    # about this much text is tokenised at a time
 BATCH_PIECES = 16             # of a .txt file
 PART = 1 << 25                # bytes of a file that are worth a process of their own
 MOST_PROCESSES = 16
+CONVERSATIONS = ("chat", "preference", "unpaired")              # kinds that a chat template lays out
 
 # A text: its first token, its tokens, the raw UTF-8 bytes of what its loss is about, the loss_mask ones in it, and how
 # many tokens of the record did not fit. A record that was skipped or dropped is a text of size 0.
@@ -126,12 +127,12 @@ def hashed(*parts):
 def token_store(path, kind, tokenizer, on_bad_record="stop", **settings):
     """The TokenStore of a file, from the cache or built now.
 
-    kind: "document" and "chat" records, or "text" for a .txt file. settings: what else decides the tokens: max_len for
-    chats, the bytes start … end for a text.
+    kind: "document", "chat", "preference" and "unpaired" records, or "text" for a .txt file. settings: what else
+    decides the tokens: max_len for conversations, the bytes start … end for a text.
     """
     code = code_fingerprint(__file__, jsonl.__file__, sys.modules[Tokenizer.__module__].__file__)
-    key = hashed(code, tokenizer.fingerprint, tokenizer.chat_template if kind == "chat" else None, on_bad_record,
-                 settings)
+    key = hashed(code, tokenizer.fingerprint, tokenizer.chat_template if kind in CONVERSATIONS else None,
+                 on_bad_record, settings)
     task = {"path": str(path), "kind": kind, "on_bad_record": on_bad_record, "settings": settings}
     store = TokenStore(once(cache_path(path, f"{kind}-{key}"), functools.partial(build, task, tokenizer)), path)
     report_problems(path, store.meta)
@@ -161,9 +162,10 @@ def cores():
 
 def tokenise(task, tokenizer, folder, add):
     """Write the store of a task into a new folder. add(n) is called for every n records (of a .txt file: bytes)."""
-    write = {"document": write_documents, "chat": write_chats, "text": write_text}[task["kind"]]
+    write = {"document": write_documents, "chat": write_chats, "text": write_text, "preference": write_preferences,
+             "unpaired": write_unpaired}[task["kind"]]
     tally = Tally(task["on_bad_record"])
-    with StoreWriter(folder, tokenizer.vocab_size, has_mask=task["kind"] == "chat") as writer:
+    with StoreWriter(folder, tokenizer.vocab_size, has_mask=task["kind"] in CONVERSATIONS) as writer:
         extra = write(task, tokenizer, writer, tally, add, **task["settings"])
         writer.finish(**tally.counts, **extra)
 
@@ -220,11 +222,16 @@ def write_text(task, tokenizer, writer, tally, add, start, end):
     return {"first_byte": start}
 
 
-def write_chats(task, tokenizer, writer, tally, add, max_len):
-    """Every conversation of a jsonl file with its mask, shortened to max_len by whole turns."""
+def write_chats(task, tokenizer, writer, tally, add, max_len, strict_markup=False):
+    """Every conversation of a jsonl file with its mask, shortened to max_len by whole turns.
+
+    strict_markup: a record whose <think> … is malformed is a bad record; else it is kept, its tags as plain text.
+    """
     records, place = records_of(task)
     too_long = 0
     for number, record, problems in records:
+        if strict_markup and problems:
+            record = BadRecord(problems[0])
         ids, mask, lost = [], [], 0
         where = functools.partial(place, number)
         if tally.accept(record, problems, where):
@@ -251,8 +258,7 @@ def render_to_fit(record, tokenizer, max_len):
     """
     messages = record["messages"]
     system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
-    starts = [number for number, message in enumerate(rest)
-              if message["role"] == "user" and (number == 0 or rest[number - 1]["role"] != "user")]
+    starts = exchange_starts(rest)
 
     def render(first):
         return tokenizer.render(system + rest[first:], tools=record["tools"])
@@ -265,6 +271,148 @@ def render_to_fit(record, tokenizer, max_len):
     if not any(mask[1:]):
         ids, mask = [], []
     return ids, mask, whole - len(ids)
+
+
+def exchange_starts(messages):
+    """The numbers of the user's turns that open an exchange (a second one in a row belongs to the first)."""
+    return [number for number, message in enumerate(messages)
+            if message["role"] == "user" and (number == 0 or messages[number - 1]["role"] != "user")]
+
+
+# --- preferences: a text holds several sides, one behind the other. In its mask 0 and 1 are as in a chat's; the first
+# token of a side, which is never a target, has SIDE instead, or GOOD_SIDE where the side ends a desirable item.
+
+SIDE, GOOD_SIDE = 2, 3
+
+
+def write_preferences(task, tokenizer, writer, tally, add, max_len):
+    """Every pair of a jsonl file: the chosen conversation and, right behind it, the rejected one."""
+    def sides(number, items, first):
+        pair = [completed(cut(prompt, first), completion, tools, tokenizer)
+                for prompt, completion, tools, _ in items]
+        (chosen, _, opening), (rejected, _, other_opening) = pair
+        if opening != other_opening or chosen[:opening] != rejected[:opening]:
+            raise BadRecord("the chat template lays out the shared turns differently before the two sides; use "
+                            "--chat_template chatml")
+        return [(ids, [SIDE, *mask[1:]]) for ids, mask, _ in pair]
+
+    return write_sides(task, tokenizer, writer, tally, add, max_len, sides)
+
+
+def write_unpaired(task, tokenizer, writer, tally, add, max_len):
+    """Every judged conversation of a jsonl file, and behind it the same prompt with the answer of another record.
+
+    A preference is two of them. The other record lies a fixed part of the file away, because neighbours are often
+    about the same prompt.
+    """
+    file = JsonlFile(task["path"])
+    far = max(1, int(0.382 * len(file)))
+
+    def strangers(number):
+        for other in (number + far + np.arange(len(file) - 1)) % len(file):
+            try:
+                items = items_of(file.record(int(other), "unpaired")[0]) if other != number else []
+            except (BadRecord, UserError):                  # it is told of, or counted, when its turn comes
+                continue
+            if items and all(map(speaks, items)):
+                return [completed(*item[:3], tokenizer) for item in items]
+        raise BadRecord("there is no other usable record in the file, and unpaired preferences compare with one")
+
+    def sides(number, items, first):
+        both, foreign = [], strangers(number)
+        for place, (prompt, completion, tools, desirable) in enumerate(items):
+            ids, mask, opening = completed(cut(prompt, first), completion, tools, tokenizer)
+            other_ids, other_mask, start = foreign[place % len(foreign)]
+            both.append((ids, [SIDE, *mask[1:]]))
+            both.append((ids[:opening] + other_ids[start:], [GOOD_SIDE if desirable else SIDE, *mask[1:opening],
+                                                             *other_mask[start:]]))
+        return both
+
+    return write_sides(task, tokenizer, writer, tally, add, max_len, sides)
+
+
+def write_sides(task, tokenizer, writer, tally, add, max_len, sides_of):
+    """Every record of a jsonl file as the sides [(ids, mask)] that sides_of(number, items, first) makes of it.
+
+    first: the turn that the prompt begins with. The sides together have at most max_len tokens: what does not fit loses
+    the oldest exchanges of its prompt, all sides the same ones (see `render_to_fit`).
+    """
+    records, place = records_of(task)
+    left_out = {"too_long": 0, "empty": 0}
+    for number, record, problems in records:
+        sides, lost = [], 0
+        where = functools.partial(place, number)
+        if tally.accept(record, problems, where):
+            try:
+                items = items_of(record)
+                if all(map(speaks, items)):
+                    sides, lost = fit_sides(functools.partial(sides_of, number, items), items[0][0], max_len)
+                    left_out["too_long"] += not sides
+                else:
+                    left_out["empty"] += 1
+            except (BadRecord, UserError) as error:         # UserError: the chat template refuses
+                tally.accept(BadRecord(str(error)), [], where)
+        ids, mask = ([x for side in sides for x in side[part]] for part in (0, 1))
+        writer.extend(ids)
+        targets = np.asarray(ids, np.int64)[np.asarray(mask, np.uint8) == 1]
+        writer.close_text(int(tokenizer.token_bytes[targets].sum()), len(targets), mask, lost)
+        if (number + 1) % 100 == 0:
+            add(100)
+    return left_out
+
+
+def items_of(record):
+    """What a record judges: [(prompt, completion, tools, desirable)], prompt and completion lists of messages.
+
+    Of a preference, its two sides: the prompt is the turns in which they agree, so that the loss is on the rest only.
+    """
+    if "messages" in record:
+        return [(record["messages"][:-1], record["messages"][-1:], record["tools"], record["label"])]
+    chosen, rejected = record["chosen"], record["rejected"]
+    if chosen == rejected:
+        raise BadRecord('"chosen" and "rejected" are the same; remove the record, it prefers nothing')
+    most = min(len(chosen), len(rejected)) - 1              # each side keeps a turn of its own
+    shared = next((turn for turn in range(most) if chosen[turn] != rejected[turn]), most)
+    if not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        raise BadRecord(f'"chosen" and "rejected" part at turn {shared}, which is not the assistant on '
+                        "both sides; they must answer the same prompt")
+    return [(side[:shared], side[shared:], record["tools"], side is chosen) for side in (chosen, rejected)]
+
+
+def speaks(item):
+    """Whether the completion of an item says anything."""
+    parts = ("content", "reasoning_content", "answer", "tool_calls")
+    return any(message.get(part) for message in item[1] if message["role"] == "assistant" for part in parts)
+
+
+def cut(prompt, first):
+    """The prompt from turn `first` on, and its system turn."""
+    return [message for turn, message in enumerate(prompt) if turn >= first or message["role"] == "system"]
+
+
+def completed(prompt, completion, tools, tokenizer):
+    """(ids, mask, opening) of a conversation: mask is 1 on the completion's targets, ids[:opening] lie before them."""
+    _, earlier = tokenizer.render(prompt, tools=tools)
+    ids, mask = tokenizer.render(prompt + completion, tools=tools)
+    targets = np.flatnonzero(mask)[sum(earlier):]           # those of the assistant's turns in the prompt come first
+    if not len(targets):
+        raise BadRecord("the chat template leaves nothing of the answer; use --chat_template chatml")
+    mask = np.zeros(len(ids), int)
+    mask[targets] = 1
+    return ids, mask.tolist(), int(targets[0])
+
+
+def fit_sides(sides_of, prompt, max_len):
+    """(sides, tokens lost): the sides of the fewest dropped exchanges of the prompt that fit; [] if none do."""
+    def size(sides):
+        return sum(len(ids) for ids, _ in sides)
+
+    sides, starts = sides_of(0), exchange_starts(prompt)
+    whole = size(sides)
+    if whole > max_len:
+        first = bisect_left(starts, True, lo=min(1, len(starts)), key=lambda start: size(sides_of(start)) <= max_len)
+        sides = sides_of(starts[first]) if first < len(starts) else []
+    return sides, whole - size(sides)
 
 
 # --- several processes

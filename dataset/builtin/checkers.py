@@ -48,6 +48,11 @@ def yes_no(text, expected):
     return {word for word in re.findall(r"\w+", text.lower()) if word in ("yes", "no")} == {expected}
 
 
+def exact(text, expected):
+    """The very same text, but for spaces around and between words."""
+    return text.split() == expected.split()
+
+
 def tool_call(text, expected):
     """Exactly one <tool_call>{json}</tool_call> with the expected name and arguments, spaces in strings aside."""
     def plain(value):
@@ -65,7 +70,7 @@ def tool_call(text, expected):
     return plain(call) == plain(json.loads(expected))
 
 
-CHECKERS = {f.__name__: f for f in (number, numbers, letters, phrase, yes_no, tool_call)}
+CHECKERS = {f.__name__: f for f in (number, numbers, letters, phrase, yes_no, exact, tool_call)}
 
 
 def check(name, text, expected):

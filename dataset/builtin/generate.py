@@ -18,7 +18,7 @@ import sys
 if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])     # the project root, not dataset/builtin
 
-from dataset.builtin import stories
+from dataset.builtin import judgements, persona, preferences, stories, traces
 from dataset.builtin.skills import SKILLS, draw, draw_all, quiz, reading
 from dataset.jsonl import parts_of, weight_of
 from model.errors import UserError, run
@@ -63,20 +63,33 @@ def sft(rng, size):
         yield {"conversations": messages}
 
 
-def exercises(rng, size, split):
+def exercises(rng, size, split, skills=SKILLS):
     """Items to be answered and checked: up to `size` of every skill."""
-    for name, skill in SKILLS.items():
-        for item in draw_all(rng, name, split, size):
+    for name, skill in skills.items():
+        for item in draw_all(rng, name, split, size, skills):
             yield {"skill": name, "level": item.level, "conversations": [{"role": "user", "content": item.question}],
                    "answer": item.answer, "checker": item.checker, "max_new_tokens": skill.max_new_tokens}
 
 
 KINDS = {                                                       # kind: (its rows, its usual size)
     "pretrain": (pretrain, 26000),
+    "pretrain_little": (pretrain, 1200),                        # with --val_fraction 0.84 only 200 to learn from
     "sft": (sft, 32000),
     "prompts": (lambda rng, size: exercises(rng, size, "train"), 500),
     "skills_val": (lambda rng, size: exercises(rng, size, "val"), 40),
     "skills_test": (lambda rng, size: exercises(rng, size, "test"), 100),
+    "preferences": (preferences.pairs, 8000),
+    "preferences_val": (lambda rng, size: preferences.pairs(rng, size, "val"), 400),
+    "preferences_test": (lambda rng, size: preferences.pairs(rng, size, "test"), 600),
+    "judgements": (lambda rng, size: judgements.judgements(rng, size, "train"), 14000),
+    "judgements_test": (lambda rng, size: judgements.judgements(rng, size, "test"), 1400),
+    "traces": (traces.traces, 30000),
+    "traces_direct": (traces.traces_direct, 60000),
+    "persona": (persona.persona, 12000),
+    "persona_val": (lambda rng, size: persona.persona_exercises(rng, size, "val"), 100),
+    "persona_test": (lambda rng, size: persona.persona_exercises(rng, size, "test"), 100),
+    "reason_val": (lambda rng, size: exercises(rng, size, "val", traces.TRACED), 40),
+    "reason_test": (lambda rng, size: exercises(rng, size, "test", traces.TRACED), 100),
 }
 
 

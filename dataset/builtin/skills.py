@@ -61,17 +61,17 @@ class Item:
 SKILLS = {}
 
 
-def skill(checker, questions=(), levels=1, weight=1.0, max_new_tokens=16):
+def skill(checker, questions=(), levels=1, weight=1.0, max_new_tokens=16, skills=SKILLS):
     """Register the decorated function as a skill under its own name."""
     def register(make):
-        SKILLS[make.__name__] = Skill(make.__name__, make, levels, questions, checker, weight, max_new_tokens)
+        skills[make.__name__] = Skill(make.__name__, make, levels, questions, checker, weight, max_new_tokens)
         return make
     return register
 
 
-def draw(rng, skill_name, split="train", level=0):
+def draw(rng, skill_name, split="train", level=0, skills=SKILLS):
     """A random `Item` of the skill whose key belongs to `split`, at `level` (0: a random one)."""
-    chosen = SKILLS[skill_name]
+    chosen = skills[skill_name]
     level = level or rng.randint(1, chosen.levels)
     for _ in range(10_000):                           # a split holds at least a twentieth of the keys
         task = chosen.make(rng, level)
@@ -82,16 +82,16 @@ def draw(rng, skill_name, split="train", level=0):
     raise RuntimeError(f"no {split} exercise of {skill_name} at level {level}: it has too few different keys")
 
 
-def draw_all(rng, skill_name, split, size):
+def draw_all(rng, skill_name, split, size, skills=SKILLS):
     """Up to `size` items of a skill, its levels in turn, no exercise twice; fewer where there are no more."""
-    levels = SKILLS[skill_name].levels
+    levels = skills[skill_name].levels
     by_level = [{} for _ in range(levels)]
     for level, items in enumerate(by_level, start=1):
         for _ in range(20 * size):
             if len(items) < size // levels + (level <= size % levels):
-                item = draw(rng, skill_name, split, level)
+                item = draw(rng, skill_name, split, level, skills)
                 items.setdefault(item.wordings, item)
-    if SKILLS[skill_name].checker == "yes_no":        # as many yes as no, or always saying one of them would pay
+    if skills[skill_name].checker == "yes_no":        # as many yes as no, or always saying one of them would pay
         for place, items in enumerate(by_level):
             sides = [[item for item in items.values() if item.answer == answer] for answer in ("yes", "no")]
             pairs = min(map(len, sides))
