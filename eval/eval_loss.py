@@ -23,6 +23,8 @@ from model.errors import run
 @dataclass
 class Config:
     model: str = arg("out/pretrain", "checkpoint folder")
+    quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
+                        choices=("none", "int8", "int4", "nf4"))
     data: str = arg("builtin", "jsonl, txt, a folder, several by commas, or builtin (its held-out text)")
     split: str = arg("all", "all of --data, or only the part that training holds out", choices=("all", "val"))
     val_fraction: float = arg(0.1, "with --split val: the --val_fraction of the training")
@@ -43,9 +45,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataset import jsonl
 from dataset.builtin.generate import resolve
-from dataset.lm_dataset import PretrainDataset, SFTDataset, collate
+from dataset.lm_dataset import collate, kind_of
 from eval.intervals import bootstrap_ratio
 from model import device as devices
 from model.checkpoint import load_model
@@ -53,6 +54,26 @@ from model.logprobs import token_logprobs
 
 
 @torch.no_grad()
+def map_rows(function, model, data, device, batch_size=16, max_rows=0, rank=0, world_size=1):
+    """The figures of the first max_rows rows of a dataset (0 = all), each rank doing its share: (rows, k) float64.
+
+    function(model, batch) -> (B, k), the batch on the device. Rows come in their order, the same array on every rank.
+    """
+    was_training = model.training
+    model.eval()
+    rows = range(min(max_rows, len(data)) if max_rows else len(data))[rank::world_size]
+    figures = []
+    for start in range(0, len(rows), batch_size):
+        batch = collate([data[row] for row in rows[start:start + batch_size]])
+        figures += function(model, {key: value.to(device) for key, value in batch.items()}).double().tolist()
+    model.train(was_training)
+    if world_size == 1:
+        return np.array(figures)
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, figures)
+    return np.array([part[place] for place in range(len(gathered[0])) for part in gathered if place < len(part)])
+
+
 def evaluate_loss(model, data, tokenizer, device, batch_size=16, max_rows=0, rank=0, world_size=1):
     """Loss of `model` on the rows of a packed dataset, each rank doing its share; the same answer on every rank.
 
@@ -60,22 +81,14 @@ def evaluate_loss(model, data, tokenizer, device, batch_size=16, max_rows=0, ran
     rows), "targets", "bytes"}. Documents in a row are kept apart, so that the score of one does not depend on others.
     """
     token_bytes = torch.from_numpy(np.asarray(tokenizer.token_bytes, np.int64)).to(device)
-    was_training = model.training
-    model.eval()
-    rows = range(min(max_rows, len(data)) if max_rows else len(data))[rank::world_size]
-    sums = []                                                            # per row: nats, targets, bytes
-    for start in range(0, len(rows), batch_size):
-        batch = {k: v.to(device) for k, v in collate([data[i] for i in rows[start:start + batch_size]]).items()}
+
+    def sums(model, batch):
         mask = batch["loss_mask"]
         logprobs, _ = token_logprobs(model, batch["input_ids"], None, batch["segment_ids"], batch["positions"])
-        sums += torch.stack([-(logprobs * mask).sum(1).double(), mask.sum(1).double(),
-                             (token_bytes[batch["input_ids"]] * mask).sum(1).double()], dim=1).tolist()
-    model.train(was_training)
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, sums)
-        sums = [row for part in gathered for row in part]
-    nats, targets, num_bytes = np.array(sums).T
+        return torch.stack([-(logprobs * mask).sum(1).double(), mask.sum(1).double(),
+                            (token_bytes[batch["input_ids"]] * mask).sum(1).double()], dim=1)
+
+    nats, targets, num_bytes = map_rows(sums, model, data, device, batch_size, max_rows, rank, world_size).T
     bits = nats / math.log(2)
     return {"loss": nats.sum() / targets.sum(), "perplexity": math.exp(min(nats.sum() / targets.sum(), 700)),
             "bits_per_byte": bits.sum() / max(num_bytes.sum(), 1),
@@ -85,13 +98,10 @@ def evaluate_loss(model, data, tokenizer, device, batch_size=16, max_rows=0, ran
 
 def main(cfg):
     device = devices.pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.model, device)
+    model, tokenizer = load_model(cfg.model, device, quantize=cfg.quantize)
     path = resolve(cfg.data, "pretrain")
-    first = next(iter(jsonl.find_files(path)))
-    chats = not jsonl.is_text(first) and "messages" in jsonl.JsonlFile(first).record(0)[0]
-    dataset = SFTDataset if chats else PretrainDataset
     split = "val" if cfg.data.startswith("builtin") else cfg.split
-    data = dataset(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, split=split,
+    data = kind_of(path)(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, split=split,
                    val_fraction=cfg.val_fraction)
     with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
         scores = evaluate_loss(model, data, tokenizer, device, max_rows=cfg.max_rows)
