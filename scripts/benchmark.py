@@ -4,6 +4,7 @@
     python scripts/benchmark.py sft --data chats.jsonl   useful tokens: packed conversations, or one padded row for each
     python scripts/benchmark.py moe                      8 experts against a dense model, as many active parameters
     python scripts/benchmark.py generate                 sampling in batches, against transformers' generate
+    python scripts/benchmark.py quantize --size base     weights in 32, 16, 8 and 4 bits: size, speed, perplexity
 
 Every contender lives in a process of its own (so that peak memory is its own) and waits while another one is timed;
 they take turns for --rounds rounds, in an order that turns around each time. A ratio compares with the first contender
@@ -23,14 +24,15 @@ from model.cli import arg, parse_args
 from model.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-WORKS = ("train", "sft", "moe", "generate")
+WORKS = ("train", "sft", "moe", "generate", "quantize")
 
 
 @dataclass
 class Config:
     size: str = arg("small", "named size or LAYERSxWIDTH of both models")
     tokenizer: str = arg("base", "nano, base or a folder: gives the size of the vocabulary")
-    data: str = arg("builtin:sft", "sft: a jsonl of conversations")
+    data: str = arg("builtin:sft", "sft: a jsonl of conversations; quantize: held-out ones of it give the perplexity")
+    model: str = arg("out/full_sft", "quantize: checkpoint that has the perplexity; all else is of random weights")
     batch_size: int = arg(8, "rows of a step, or prompts that are answered at once")
     max_len: int = arg(512, "tokens of a row; generate: of a prompt with its answer")
     rounds: int = arg(7, "how often each contender is timed")
@@ -58,10 +60,13 @@ import torch
 
 from dataset.builtin.generate import resolve
 from dataset.lm_dataset import SFTDataset, collate
+from eval.eval_loss import evaluate_loss
 from model import device as devices
+from model.checkpoint import load_causal_lm, load_model, save_model
 from model.config import new_config
 from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
+from model.quantize import packed_weights
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM, count_parameters
 
@@ -153,10 +158,10 @@ def mixture(cfg):
                 moe_intermediate_size=dense.intermediate_size // 2)
 
 
-def sampling(make, cfg):
+def sampling(make, cfg, dtype=None):
     """(answering a batch of prompts, tokens of the answers, model): temperature 1, all answers equally long."""
     device = devices.pick_device()
-    dtype = devices.pick_dtype("auto", device)
+    dtype = dtype or devices.pick_dtype("auto", device)
     model = make(cfg).to(device, dtype).eval()
     length = cfg.max_len // 2
     prompts = torch.randint(5, our_config(cfg).vocab_size, (cfg.batch_size, length)).to(device)
@@ -173,7 +178,57 @@ def sampling(make, cfg):
     return step, cfg.batch_size * length, model
 
 
-CONTENDERS = {      # work: contender: (step, tokens, model); the first is the rival of all others
+def answering(dtype, kind, cfg):
+    """`sampling` with the weights of a checkpoint in so many bits; and {"bits" per weight of the blocks, "bytes" of the
+    model, "perplexity", "memory_before" there was a model}."""
+    device = devices.pick_device()
+    perplexity = perplexity_in(dtype, kind, cfg, device)                # now all that torch needs is there, too
+    before = peak_memory(device, anew=True)
+    model = load_causal_lm(random_checkpoint(cfg), device, dtype, quantize=kind)
+    packed = packed_weights(model).values()
+    stored, weights = sum(part.nbytes for w in packed for part in w.parts()), sum(w.shape.numel() for w in packed)
+    figures = {"bits": 8 * stored / weights if packed else torch.finfo(dtype).bits, "perplexity": perplexity,
+               "bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())), "memory_before": before}
+    peak_memory(device, anew=True)                                      # pages of the file are no part of the model
+    return *sampling(lambda cfg: model, cfg, dtype), figures
+
+
+def random_checkpoint(cfg):
+    """A folder with a model of --size, written once. (Whoever made it has had it in memory: not a contender.)"""
+    name = f"{pathlib.Path(cfg.size).name}-{pathlib.Path(cfg.tokenizer).name}-{cfg.max_len}"
+    folder = ROOT / "out" / "benchmark" / name
+    if not folder.is_dir():
+        save_model(folder, ours(cfg))
+    return folder
+
+
+def perplexity_in(dtype, kind, cfg, device):
+    """Of --model on held-out conversations."""
+    folder = ROOT / cfg.model if cfg.model == Config.model else pathlib.Path(cfg.model)
+    model, tokenizer = load_model(folder, device, dtype, quantize=kind)
+    data = SFTDataset(resolve(cfg.data, "sft"), tokenizer, model.config.max_position_embeddings, split="val")
+    return evaluate_loss(model, data, tokenizer, device)["perplexity"]
+
+
+def peak_memory(device, anew=False):
+    """Peak bytes of this process, or of the GPU's allocator, so far; anew: the next peak counts from what is used now.
+
+    (The system's own figure for a process begins with that of its parent.) Off Linux it is that, and has no anew.
+    """
+    status = pathlib.Path("/proc/self/status")
+    if device.type == "cuda" or not status.exists():
+        peak = devices.memory_in_use(device)
+    else:
+        peak = int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    if anew and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif anew and status.exists():
+        status.with_name("clear_refs").write_text("5")
+        return peak_memory(device)
+    return peak
+
+
+CONTENDERS = {      # work: contender: (step, tokens, model and perhaps figures); the first is the rival of all others
     "train": {
         "transformers, bf16": functools.partial(training, llama, BFLOAT16),
         "transformers, bf16, compiled": functools.partial(training, llama, BFLOAT16, compiled=True),
@@ -198,6 +253,13 @@ CONTENDERS = {      # work: contender: (step, tokens, model); the first is the r
         "transformers": functools.partial(sampling, llama),
         "ours": functools.partial(sampling, ours),
     },
+    "quantize": {
+        "fp32": functools.partial(answering, FLOAT32, "none"),
+        "bf16": functools.partial(answering, BFLOAT16, "none"),
+        "int8": functools.partial(answering, BFLOAT16, "int8"),
+        "int4": functools.partial(answering, BFLOAT16, "int4"),
+        "nf4": functools.partial(answering, BFLOAT16, "nf4"),
+    },
 }
 
 
@@ -208,17 +270,20 @@ def contend(pipe, work, name, cfg):
     """A contender's process: builds its model, warms up, then times `cfg.steps` steps each time it is asked."""
     if name.startswith("transformers"):
         os.environ["THP_MEM_ALLOC_ENABLE"] = "0"                     # as torch is without model/device.py
-    step, tokens, model = CONTENDERS[work][name](cfg)
+    step, tokens, model, *more = CONTENDERS[work][name](cfg)
+    figures = more[0] if more else {}
     start = time.perf_counter()
     for _ in range(2):
         step()
     total, active = count_parameters(model) if isinstance(model, CausalLM) else (model.num_parameters(),) * 2
-    pipe.send({"tokens": tokens, "parameters": total, "active": active, "warm_up": time.perf_counter() - start})
+    pipe.send({"tokens": tokens, "parameters": total, "active": active, "warm_up": time.perf_counter() - start,
+               **figures})
     while pipe.recv():
         start = time.perf_counter()
         for _ in range(cfg.steps):
             step()
-        pipe.send(((time.perf_counter() - start) / cfg.steps, devices.memory_in_use(devices.pick_device())))
+        memory = peak_memory(devices.pick_device()) - figures.get("memory_before", 0)
+        pipe.send(((time.perf_counter() - start) / cfg.steps, memory))
 
 
 def measure(work, cfg):
@@ -227,6 +292,8 @@ def measure(work, cfg):
     if unknown := [name for name in wanted if name not in CONTENDERS[work]]:
         raise UserError(f"--only {unknown[0]}: the contenders are {'; '.join(CONTENDERS[work])}")
     names = [name for name in CONTENDERS[work] if name in wanted]
+    if work == "quantize":
+        random_checkpoint(cfg)
     spawn, found = multiprocessing.get_context("spawn"), {}
     pipes, processes = {}, []
     for name in names:
@@ -267,11 +334,14 @@ def rate(result, number):
 def table(figures):
     """The lines of a Markdown table."""
     first = next(iter(figures["contenders"].values()))
-    yield "| | tokens/s | ratio (smallest – largest) | peak memory | of it |"
-    yield "|---|--:|--:|--:|--:|"
+    bits = figures["work"] == "quantize"
+    more = "| bits per weight | perplexity | model " if bits else ""
+    yield f"| {more}| tokens/s | ratio (smallest – largest) | peak memory | of it |"
+    yield "|---|--:|--:|--:|--:|" + bits * "--:|--:|--:|"
     for name, result in figures["contenders"].items():
         median, low, high = result["ratio"]
-        yield (f"| {name} | {result['tokens_per_second']:,.0f} | {median:.2f} ({low:.2f} – {high:.2f}) | "
+        more = f"{result['bits']:.2f} | {result['perplexity']:.4f} | {result['bytes'] / 1e6:.0f} MB | " if bits else ""
+        yield (f"| {name} | {more}{result['tokens_per_second']:,.0f} | {median:.2f} ({low:.2f} – {high:.2f}) | "
                f"{result['memory'] / 1e9:.2f} GB | {result['memory'] / first['memory']:.0%} |")
 
 

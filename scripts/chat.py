@@ -36,17 +36,20 @@ RAW_PROMPTS = ("Once upon a time", "One day", "Mia lives in", "The fox lives in 
 HINTS = {"weight": "--model FOLDER", "load_from": "--model FOLDER", "save_dir": "--model FOLDER",
          "historys": "--history N", "hidden_size": "nothing: the checkpoint knows its size",
          "num_hidden_layers": "nothing: the checkpoint knows its size", "use_moe": "nothing: the checkpoint knows it",
-         "open_thinking": "--thinking", "show_speed": "always shown"}
+         "open_thinking": "--thinking on", "show_speed": "always shown"}
 
 
 @dataclass
 class Config:
     model: str = arg(DEFAULT_MODEL, "checkpoint folder")
+    quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
+                        choices=("none", "int8", "int4", "nf4"))
     prompts: str = arg("", "answer these and leave: auto (a built-in list), a text file with one a line, or .jsonl")
     raw: bool = arg(False, "continue the text as it is, without chat template (for base checkpoints)")
     system: str = arg("", "system message, said before everything else")
     history: int = arg(0, "how many earlier exchanges the model sees; 0: only the current message")
-    thinking: bool = arg(False, "let the model think first, between <think> and </think>")
+    thinking: str = arg("auto", "think first, between <think> and </think>: on, off, or auto (as the model likes)",
+                        choices=("auto", "on", "off"))
     temperature: float = arg(0.85, "randomness; 0 always takes the likeliest token")
     top_p: float = arg(0.85, "sample from the likeliest tokens that together have this probability; 1 = all")
     top_k: int = arg(0, "sample from so many likeliest tokens; 0 = all")
@@ -58,8 +61,9 @@ class Config:
     dtype: str = arg("auto", "number format: float32, bfloat16, or auto (bfloat16 where the hardware is fast at it)")
 
 
+THINKING = {"auto": None, "on": True, "off": False}            # enable_thinking of the chat template
 SETTABLE = {name: type(value) for name, value in dataclasses.asdict(Config()).items()
-            if name not in ("model", "prompts", "raw", "seed", "device", "dtype")}
+            if name not in ("model", "quantize", "prompts", "raw", "seed", "device", "dtype")}
 HELP = f"""\
 /NAME VALUE   change a setting: {", ".join(SETTABLE)}
               (/temperature 0.7, /thinking on, /system You are a pirate., /system alone for none)
@@ -100,7 +104,7 @@ class Chat:
         while True:
             before = [message for exchange in kept for message in exchange]
             ids, _ = tokenizer.render(messages[:start] + before + messages[start:], add_generation_prompt=True,
-                                      enable_thinking=cfg.thinking)
+                                      enable_thinking=THINKING[cfg.thinking])
             if len(ids) <= room or not kept:
                 return ids
             kept = kept[1:]
@@ -110,9 +114,10 @@ class Chat:
         from model.generate import stream
         from model.tokenizer import lift_structure
         begin = time.perf_counter()
-        pieces = stream(self.model, self.tokenizer, self.prompt_ids(messages), self.params())
-        # The template of a thinking prompt writes <think> itself; the model goes on behind it.
-        text = "<think>" if self.cfg.thinking and not self.cfg.raw else ""
+        prompt = self.prompt_ids(messages)
+        pieces = stream(self.model, self.tokenizer, prompt, self.params())
+        # The template of a thinking prompt may write <think> itself; the model goes on behind it.
+        text = "<think>" if prompt[-1] == self.tokenizer.special.get("<think>") else ""
         show(text)
         try:
             for piece in pieces:
@@ -176,10 +181,12 @@ def load(cfg):
         raise UserError(f"--model {cfg.model}: there is no such folder; train one (python trainer/train_full_sft.py) "
                         "or name another")
     device = pick_device(cfg.device)
-    return load_model(folder, device, pick_dtype(cfg.dtype, device))
+    return load_model(folder, device, pick_dtype(cfg.dtype, device), quantize=cfg.quantize)
 
 
 def check(cfg):
+    if cfg.thinking not in THINKING:
+        raise UserError(f"--thinking {cfg.thinking}: must be one of {', '.join(THINKING)}")
     if cfg.history < 0:
         raise UserError(f"--history {cfg.history}: must be 0 or more")
 

@@ -1,15 +1,16 @@
 """
-MiniMind's classic run on real data, for one consumer GPU: text and conversations are fetched, a 26M model learns the
-language from the first and to answer from the second, and a report says what came of it.
+MiniMind's classic run on real data, for one consumer GPU: text, conversations and preferences are fetched, a 26M model
+learns the language from the first, to answer from the second and which answers people prefer from the third, and a
+report says what came of it.
 
 It runs the commands that you would type, and prints each. Before a stage begins, its script says how many minutes it
 will take (and what it will cost, with --price_per_hour). Stopped or killed, the same command continues.
 
-reads   pretrain_hq and sft_mini_512, fetched by dataset/download.py (2.9 GB), or files of your own
-writes  out/minimind/pretrain  out/minimind/full_sft  out/minimind/report.md  out/minimind/report.json
+reads   pretrain_hq, sft_mini_512 and dpo, fetched by dataset/download.py (2.9 GB), or files of your own
+writes  out/minimind/pretrain  …/full_sft  …/dpo  …/report.md  …/report.json
 run     bash scripts/minimind.sh                                     makes a virtual environment first
         python scripts/minimind.py --price_per_hour 0.2              where the requirements are installed
-        python scripts/minimind.py --pretrain my.jsonl --sft chats.jsonl --size 4x256 --out out/mine
+        python scripts/minimind.py --pretrain my.jsonl --sft chats.jsonl --dpo none --size 4x256 --out out/mine
 """
 
 import pathlib
@@ -39,12 +40,13 @@ class Config:
     out: str = arg("out/minimind", "folder for the checkpoints and the report")
     pretrain: str = arg("pretrain_hq", "text: a name that dataset/download.py --list shows, or a file")
     sft: str = arg("sft_mini_512", "conversations: a name or a file")
+    dpo: str = arg("dpo", "preferences: a name or a file; none = leave this stage out")
     source: str = arg("auto", "where the files are fetched from: hf, modelscope or auto",
                       choices=("auto", "hf", "modelscope"))
     size: str = arg("small", "size of the model: small is 26M parameters")
     tokenizer: str = arg("auto", "nano, base or a folder; auto: base for all sizes but nano")
     max_len: int = arg(0, "tokens in a row; 0 = what is recommended for the files")
-    batch_size: int = arg(128, "rows per optimizer step; how many fit into memory at once is found out")
+    batch_size: int = arg(128, "rows per optimizer step, of preferences a sixteenth of it")
     max_steps: int = arg(0, "optimizer steps of each stage; 0 = once over the data")
     eval_every: int = arg(250, "steps between held-out evaluations; it saves as often")
     price_per_hour: float = arg(0.0, "price of the machine per hour")
@@ -60,17 +62,22 @@ def main(cfg):
         print(f"This run is done. Talk to the model:  python scripts/chat.py --model {shown(out / 'full_sft')}\n"
               f"To run it again from nothing, remove {shown(out)}.")
         return
-    for name in (cfg.pretrain, cfg.sft, cfg.prompts):
+    preferences = "" if cfg.dpo == "none" else cfg.dpo
+    for name in (cfg.pretrain, cfg.sft, preferences, cfg.prompts):
         if name and name not in FILES and not pathlib.Path(name).exists():
             raise UserError(f"{name}: neither a file nor a name that python dataset/download.py --list shows")
     text, chats = fetch(cfg.pretrain, cfg), fetch(cfg.sft, cfg)
+    pairs = fetch(preferences, cfg) if preferences else None
     # A checkpoint has as many positions as the rows that it was born with: enough for every stage. Rows are packed, so
     # that longer ones cost nothing.
     max_len = cfg.max_len or max(recommended(cfg.pretrain, 320), recommended(cfg.sft, 340))
 
-    stages = [train("pretrain", text, max_len, out, cfg, "--size", cfg.size, "--tokenizer", cfg.tokenizer)]
-    stages += [train("full_sft", chats, max_len, out, cfg, "--model", stages[-1])]
-    # DPO, as soon as there is trainer/train_dpo.py: a file more above ("dpo"), and here one line like the last.
+    stages = [train("pretrain", text, max_len, cfg.batch_size, out, cfg, "--size", cfg.size, "--tokenizer",
+                    cfg.tokenizer)]
+    stages += [train("full_sft", chats, max_len, cfg.batch_size, out, cfg, "--model", stages[-1])]
+    if pairs:                                     # a row holds both answers to a prompt, and the prompt with each
+        few = max(cfg.batch_size // 16, 1)
+        stages += [train("dpo", pairs, 4 * max_len, few, out, cfg, "--model", stages[-1])]
 
     prompts = out / "prompts.txt"
     if not cfg.prompts:
@@ -94,10 +101,10 @@ def recommended(name, otherwise):
     return (name in FILES and FILES[name].max_len) or otherwise
 
 
-def train(stage, data, max_len, out, cfg, *flags):
+def train(stage, data, max_len, batch_size, out, cfg, *flags):
     """Run or continue a stage with its usual learning rate. Returns the folder of its checkpoint."""
     price = ["--price_per_hour", cfg.price_per_hour] if cfg.price_per_hour else []
-    script(f"trainer/train_{stage}.py", *flags, "--data", data, "--max_len", max_len, "--batch_size", cfg.batch_size,
+    script(f"trainer/train_{stage}.py", *flags, "--data", data, "--max_len", max_len, "--batch_size", batch_size,
            "--max_steps", cfg.max_steps, "--eval_every", cfg.eval_every, "--save_every", cfg.eval_every, *price,
            "--on_bad_record", "skip", "--out", out / stage)
     return out / stage
@@ -110,22 +117,25 @@ def write_report(path, stages, answers, cfg):
                "price_per_hour": cfg.price_per_hour, "answers": answers.strip()}
     path.with_suffix(".json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
     text = ["# MiniMind's run", "", *stage_table(figures), "",
-            "Bits per byte are of text (of answers, for full_sft) that no stage has seen, with 95 % intervals.", "",
+            "On text that no stage has seen, with 95 % intervals: bits per byte (of answers, for full_sft), and of DPO",
+            "in how many pairs the preferred answer has become likelier than the other one, the one before.", "",
             "Answers, at temperature 0:", "", "```", figures["answers"], "```", ""]
     path.write_text("\n".join(text), encoding="utf-8")
 
 
 def stage_table(figures):
-    """Lines of a table: what each stage took, and its held-out bits per byte before and after."""
+    """Lines of a table: what each stage took, and its held-out figure before and after."""
     price = figures["price_per_hour"]
-    yield f"| stage | parameters | tokens | minutes | {'cost | ' if price else ''}bits per byte before | after |"
+    yield f"| stage | parameters | tokens | minutes | {'cost | ' if price else ''}held out, before | after |"
     yield f"|---|--:|--:|--:|{'--:|' if price else ''}--:|---|"
     for name, stage in figures["stages"].items():
         scores = stage["held_out"]
-        low, high = scores["bits_per_byte_interval"]
+        figure = "accuracy" if name == "dpo" else "bits_per_byte"
+        low, high = scores[f"{figure}_interval"]
         cells = [name, f"{stage['parameters'] / 1e6:.1f}M", f"{stage['tokens']:,}", f"{stage['minutes']:.1f}",
                  *([f"{price * stage['minutes'] / 60:.2f}"] if price else []),
-                 f"{stage['curve'][0]['bits_per_byte']:.3f}", f"{scores['bits_per_byte']:.3f} [{low:.3f}, {high:.3f}]"]
+                 f"{stage['curve'][0][figure]:.3f}",
+                 f"{scores[figure]:.3f} [{low:.3f}, {high:.3f}] {figure.replace('_', ' ')}"]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MiniMind's classic run on real data, for one GPU with 24 GB or less (a CPU will do for small files): a virtual
-# environment in .venv, the packages, 2.9 GB of data, then pretraining and fine-tuning of a 26M model and a report
+# environment in .venv, the packages, 2.9 GB of data, then pretraining, fine-tuning and DPO of a 26M model and a report
 # (scripts/minimind.py has the steps and the flags). Run it again and it continues where it stopped.
 #
 #     bash scripts/minimind.sh

@@ -37,7 +37,7 @@ def run_job(folder, name, script, flags, die_at=None):
     seen = {"gradients": [], "rows": []}
 
     def keep(model, *args):
-        seen["gradients"].append(torch.cat([full(p.grad).flatten() for p in model.parameters()]))
+        seen["gradients"].append(torch.cat([full(p.grad).flatten() for p in model.parameters() if p.requires_grad]))
         seen["elements"] = sum(local(p).numel() for p in model.parameters())
         if len(seen["gradients"]) == die_at:
             raise Killed

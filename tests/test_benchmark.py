@@ -4,19 +4,28 @@ import json
 
 import pytest
 
+from model.checkpoint import save_model
+from model.tokenizer import Tokenizer
 from scripts import benchmark
 
 
 @pytest.mark.parametrize("work", benchmark.WORKS)
-def test_every_contender_does_its_work(work):
+def test_every_contender_does_its_work(work, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)                  # where quantize keeps its random checkpoint
     cfg = benchmark.Config(size="1x64", tokenizer="nano", batch_size=2, max_len=64)
+    if work == "quantize":
+        save_model(tmp_path / "chat", benchmark.ours(cfg), Tokenizer.load("nano"))
+        cfg.model, cfg.data = str(tmp_path / "chat"), str(chats)
     for name, make in benchmark.CONTENDERS[work].items():
         if "compiled" not in name:
-            step, tokens, model = make(cfg)
+            step, tokens, model, *figures = make(cfg)
             step()
             assert 0 < tokens <= 2 * 64
             if work in ("train", "sft"):
                 assert all(p.grad is None for p in model.parameters())        # a whole step: gradients are used up
+            if work == "quantize":
+                bits = {"fp32": 32, "bf16": 16, "int8": 8 + 32 / 80, "int4": 4.25, "nf4": 4.13}[name]
+                assert figures[0]["bits"] == pytest.approx(bits, abs=0.1) and 700 < figures[0]["perplexity"] < 1500
 
 
 def test_packed_and_padded_rows_hold_the_same_conversations():

@@ -79,9 +79,9 @@ def test_commands(folder, monkeypatch, capsys):
         "think", "/exit", "never read"], monkeypatch, capsys)
     assert shown.count("tokens/s") == 3                                    # hello, its retry, think
     for line in ("/retry: there is no message to answer again yet", "/temperature 9x: expected a number",
-                 "temperature is -1.0; it must be 0", "/thinking is either on or off", "temperature 0.0\n",
-                 "thinking True\n", "history 2\n", "system You are a fox. Be brief.\n", "unknown command /nonsense",
-                 "/reset        forget"):
+                 "temperature is -1.0; it must be 0", "--thinking maybe: must be one of auto, on, off",
+                 "temperature 0.0\n", "thinking on\n", "history 2\n", "system You are a fox. Be brief.\n",
+                 "unknown command /nonsense", "/reset        forget"):
         assert line in shown
     assert "\n<think>" in shown
 
@@ -117,7 +117,7 @@ def test_history_system_and_trimming(folder):
 
 
 def test_exchanges_are_remembered_with_their_parts(folder, monkeypatch):
-    run = Chat(Config(model=folder, thinking=True, history=1))
+    run = Chat(Config(model=folder, thinking="on", history=1))
 
     class Said:
         ids, completion = [5, 6], type("Completion", (), {"finish_reason": "stop"})

@@ -76,15 +76,15 @@ def test_a_run_killed_at_its_very_end_is_summed_up_once(documents, tmp_path, mon
 
 
 def test_open_windows_are_shared_out_whole_among_any_number_of_ranks():
-    windows = [{"sums": {"loss": 2.0 ** rank}, "targets": 10 ** rank, "tokens": 10 ** rank, "steps": 2, "seconds": 1.5}
+    windows = [{"sums": {"loss": 2.0 ** rank}, "items": 10 ** rank, "tokens": 10 ** rank, "steps": 2, "seconds": 1.5}
                for rank in range(3)]
     for world_size in (1, 2, 3, 4):
-        ranks = [SimpleNamespace(rank=rank, world_size=world_size, sums={}, window_targets=0, window_tokens=0)
+        ranks = [SimpleNamespace(rank=rank, world_size=world_size, sums={}, window_items=0, window_tokens=0)
                  for rank in range(world_size)]
         for rank in ranks:
             runtime.Run.restore_window(rank, windows)
             assert (rank.window_steps, rank.window_seconds) == (2, 1.5)
-        assert sum(rank.window_targets for rank in ranks) == sum(rank.window_tokens for rank in ranks) == 111
+        assert sum(rank.window_items for rank in ranks) == sum(rank.window_tokens for rank in ranks) == 111
         assert sum(rank.sums.get("loss", 0) for rank in ranks) == 7
         if world_size == 3:
             assert [rank.sums["loss"] for rank in ranks] == [1, 2, 4]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import kernels
 from model.config import ModelConfig
@@ -161,6 +162,16 @@ def test_the_logits_are_never_all_there(monkeypatch):
     with Largest() as largest:
         linear_logprobs(hidden, weight, torch.arange(N) % V).sum().backward()
     assert largest.numel == max(32 * V, N * D) < N * V
+
+
+def test_a_frozen_head_costs_no_gradient():
+    hidden, weight = draw((3, 8), (50, 8), dtype=torch.float32)
+    with FlopCounterMode(display=False) as trained:
+        expected, _ = torch.autograd.grad(linear_logprobs(hidden, weight, torch.arange(3)).sum(), (hidden, weight))
+    with FlopCounterMode(display=False) as frozen:
+        got, = torch.autograd.grad(linear_logprobs(hidden, weight.detach(), torch.arange(3)).sum(), hidden)
+    assert torch.equal(got, expected)
+    assert frozen.get_total_flops() == 3 / 4 * trained.get_total_flops()       # logits twice, and d hidden
 
 
 def test_the_loss_is_cross_entropy():

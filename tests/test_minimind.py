@@ -41,13 +41,26 @@ def chats(tmp_path):
     return path
 
 
-def test_stopped_in_the_middle_it_continues_and_reports_in_the_end(texts, chats, tmp_path):
+@pytest.fixture
+def pairs(tmp_path):
+    """Preferences as in dpo.jsonl."""
+    rng, path = random.Random(2), tmp_path / "pairs.jsonl"
+    rows = []
+    for _ in range(80):
+        question = {"role": "user", "content": sentence(rng, 6)}
+        rows.append({side: [question, {"role": "assistant", "content": side + sentence(rng, 6)}]
+                     for side in ("chosen", "rejected")})
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_stopped_in_the_middle_it_continues_and_reports_in_the_end(texts, chats, pairs, tmp_path):
     """Pretraining succeeds, fine-tuning fails for its data; with the data repaired the same command does the rest."""
     broken = chats.with_name("broken.jsonl")
     broken.write_text('{"conversations": []}\n' * 20, encoding="utf-8")
     chats.rename(chats.with_name("good.jsonl"))
     broken.rename(chats)
-    flags = ["--pretrain", texts.name, "--sft", chats.name, "--size", "2x64", "--tokenizer", "nano", "--max_len", "64",
+    flags = ["--pretrain", texts.name, "--sft", chats.name, "--dpo", pairs.name, "--size", "2x64", "--tokenizer", "nano", "--max_len", "64",
              "--batch_size", "4", "--max_steps", "4", "--max_new_tokens", "4", "--out", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "NO_VENV": "1",
                    "PYTHON": sys.executable, "PRICE_PER_HOUR": "0.36"}
@@ -70,11 +83,12 @@ def test_stopped_in_the_middle_it_continues_and_reports_in_the_end(texts, chats,
     assert (tmp_path / "run/pretrain/metrics.jsonl").read_bytes() == metrics and "is finished (4 steps)" in done.stdout
     figures = json.loads((tmp_path / "run/report.json").read_text(encoding="utf-8"))
     report = (tmp_path / "run/report.md").read_text(encoding="utf-8")
-    assert list(figures["stages"]) == ["pretrain", "full_sft"]
+    assert list(figures["stages"]) == ["pretrain", "full_sft", "dpo"]
     for name, stage in figures["stages"].items():
         assert stage["steps"] == 4 and stage["config"]["price_per_hour"] == 0.36
-        assert stage["held_out"]["bits_per_byte"] < stage["curve"][0]["bits_per_byte"]
-        assert f"| {name} | " in report and f"| {stage['held_out']['bits_per_byte']:.3f} [" in report
+        assert stage["held_out"]["loss"] < stage["curve"][0]["loss"]
+        figure = stage["held_out"]["accuracy" if name == "dpo" else "bits_per_byte"]
+        assert f"| {name} | " in report and f"| {figure:.3f} [" in report
     assert figures["answers"].count("> ") == len(minimind.QUESTIONS) and all(q in report for q in minimind.QUESTIONS)
     again = run()
     assert again.returncode == 0 and "This run is done" in again.stdout and "train_" not in again.stdout
@@ -91,8 +105,10 @@ def commands(monkeypatch):
             folder = Path(given[-1][1]["--out"])
             folder.mkdir(parents=True)
             scores = {"bits_per_byte": 1.25, "bits_per_byte_interval": [1.2, 1.3]}
+            if "dpo" in name:
+                scores = {"accuracy": 0.75, "accuracy_interval": [0.7, 0.8]}
             summary = {"parameters": 26_000_000, "tokens": 1_234_567, "minutes": 90.0, "held_out": scores,
-                       "curve": [{"bits_per_byte": 3.5}]}
+                       "curve": [{"bits_per_byte": 3.5, "accuracy": 0.5}]}
             (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         return "> Who are you?\na model\n" if capture else None
 
@@ -104,29 +120,32 @@ def test_the_classic_run_fetches_its_files_and_trains_with_their_recommended_len
     out = tmp_path / "run"
     minimind.main(minimind.Config(out=str(out), price_per_hour=0.5, source="modelscope"))
     names = [name for name, _ in commands]
-    assert names == ["dataset/download.py", "dataset/download.py", "trainer/train_pretrain.py",
-                     "trainer/train_full_sft.py", "scripts/chat.py"]
-    first, second, pretrain, sft, chat = (flags for _, flags in commands)
+    assert names == ["dataset/download.py"] * 3 + ["trainer/train_pretrain.py", "trainer/train_full_sft.py",
+                                                   "trainer/train_dpo.py", "scripts/chat.py"]
+    first, second, third, pretrain, sft, dpo, chat = (flags for _, flags in commands)
     assert first == {"--file": "pretrain_hq", "--source": "modelscope"} and second["--file"] == "sft_mini_512"
     assert pretrain["--data"] == str(ROOT / "dataset/data/pretrain_hq.jsonl") and pretrain["--size"] == "small"
     assert sft["--data"] == str(ROOT / "dataset/data/sft_mini_512.jsonl") and sft["--model"] == str(out / "pretrain")
     for flags in (pretrain, sft):
         assert flags["--max_len"] == "340" and flags["--max_steps"] == "0" and flags["--price_per_hour"] == "0.5"
-    assert chat["--model"] == str(out / "full_sft") and Path(chat["--prompts"]).read_text(encoding="utf-8")
+    assert third["--file"] == "dpo" and dpo["--model"] == str(out / "full_sft") and dpo["--batch_size"] == "8"
+    assert chat["--model"] == str(out / "dpo") and Path(chat["--prompts"]).read_text(encoding="utf-8")
     said = capsys.readouterr().out
-    assert "| full_sft | 26.0M | 1,234,567 | 90.0 | 0.75 | 3.500 | 1.250 [1.200, 1.300] |" in said
+    assert "| full_sft | 26.0M | 1,234,567 | 90.0 | 0.75 | 3.500 | 1.250 [1.200, 1.300] bits per byte |" in said
+    assert "| dpo | 26.0M | 1,234,567 | 90.0 | 0.75 | 0.500 | 0.750 [0.700, 0.800] accuracy |" in said
     assert "a model" in said
 
 
 def test_what_the_trainers_are_given_are_flags_of_theirs(commands, tmp_path):
     from model.cli import parse_args
-    from trainer import train_full_sft, train_pretrain
+    from trainer import train_dpo, train_full_sft, train_pretrain
     minimind.main(minimind.Config(out=str(tmp_path / "run"), price_per_hour=0.5))
-    for (_, flags), module in zip(commands[2:4], (train_pretrain, train_full_sft), strict=True):
+    trained = [flags for name, flags in commands if "train_" in name]
+    for flags, module in zip(trained, (train_pretrain, train_full_sft, train_dpo), strict=True):
         parse_args(module.Config, [word for flag in flags.items() for word in flag])
 
 
-@pytest.mark.parametrize("flag", ["pretrain", "sft", "prompts"])
+@pytest.mark.parametrize("flag", ["pretrain", "sft", "dpo", "prompts"])
 def test_a_file_that_is_not_there_is_told_before_anything_is_done(commands, tmp_path, flag):
     with pytest.raises(UserError, match="no.jsonl: neither a file nor a name that python dataset/download.py"):
         minimind.main(minimind.Config(out=str(tmp_path / "run"), **{flag: "no.jsonl"}))

@@ -8,9 +8,10 @@ import torch
 
 from model.config import named_size
 from model.transformer import CausalLM
-from trainer.optim import Muon, build_optimizers, lr_at, optimizer_step, orthogonalize
+from trainer.optim import Muon, build_optimizers, cut, keep_in_main_memory, lr_at, optimizer_step, orthogonalize
 
-CFG = SimpleNamespace(optimizer="muon", lr=1e-2, weight_decay=0.1, warmup_steps=10, schedule="wsd")
+CFG = SimpleNamespace(optimizer="muon", lr=1e-2, weight_decay=0.1, warmup_steps=10, schedule="wsd",
+                      optimizer_state="device")
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 32)])
@@ -89,3 +90,67 @@ def test_optimizer_step_clips_updates_and_clears():
     assert all(p.grad is None for p in model.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(group["lr"] == 1e-3 for o in optimizers for group in o.param_groups)
+
+
+# ----------------------------------------------------------------------------------- moments in main memory
+
+
+def test_parameter_groups_are_cut_into_pieces_in_order():
+    params = [torch.zeros(n) for n in (3, 3, 3, 20, 1)]
+    pieces = list(cut([dict(params=params, weight_decay=0.1), dict(params=params[:1], weight_decay=0.0)], 6))
+    assert [[len(p) for p in piece["params"]] for piece in pieces] == [[3, 3], [3], [20], [1], [3]]
+    assert [piece["weight_decay"] for piece in pieces] == [0.1] * 4 + [0.0]
+
+
+def test_moments_that_travel_give_the_same_bits_also_when_a_run_continues(monkeypatch):
+    """There is no other device here: `to` is made to copy, as between devices, so what is not brought back is lost."""
+    def start():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(8, 8)), torch.nn.Parameter(torch.randn(8))]
+        return params, torch.optim.AdamW(params, lr=1e-2, fused=True)
+
+    def step(params, optimizer, number):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+
+    plain, optimizer = start()
+    for number in range(6):
+        step(plain, optimizer, number)
+
+    travelling, first = start()
+    keep_in_main_memory(first)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self.clone())
+    for number in range(3):
+        step(travelling, first, number)
+    homes = {name: moment.data_ptr() for name, moment in first.state[travelling[0]].items()}
+    _, second = start()
+    keep_in_main_memory(second)
+    second.load_state_dict(first.state_dict())
+    second.param_groups[0]["params"] = travelling
+    second.state = {p: moments for p, moments in zip(travelling, second.state.values(), strict=True)}
+    for number in range(3, 6):
+        step(travelling, second, number)
+    assert all(torch.equal(a, b) for a, b in zip(plain, travelling, strict=True))
+    assert not first.in_main_memory and not second.in_main_memory
+    step(travelling, first, 6)
+    assert homes == {name: moment.data_ptr() for name, moment in first.state[travelling[0]].items()}    # one place
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves between a GPU and main memory: needs a GPU")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_moments_of_a_gpu_lie_in_pinned_main_memory(optimizer):
+    models = []
+    for place in ("device", "cpu"):
+        torch.manual_seed(0)
+        model = CausalLM(named_size("2x32", 64)).cuda()
+        optimizers = build_optimizers(model, SimpleNamespace(**{**vars(CFG), "optimizer": optimizer,
+                                                                "optimizer_state": place}))
+        for _ in range(3):
+            model(torch.arange(8, device="cuda")[None]).logits.square().sum().backward()
+            optimizer_step(model, optimizers, 1e-2, 1.0)
+        moments = [value for o in optimizers for values in o.state.values() for value in values.values()]
+        assert all(moment.is_cuda if place == "device" else moment.is_pinned() for moment in moments)
+        models.append(model)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)

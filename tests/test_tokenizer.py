@@ -167,20 +167,24 @@ def test_mask_is_the_content_and_the_end_of_the_turn(content):
 def test_prompt_is_a_prefix_of_the_conversation():
     rng = random.Random(3)
     for case in range(100):
-        thinking = case % 2 == 0
+        thinking = (True, False, None)[case % 3]  # a thought, an empty one, no word of one
         reply = {"role": "assistant", "content": rng.choice(TEXTS)}
-        if thinking:
-            reply["reasoning_content"] = rng.choice(TEXTS[1:])
+        if thinking is not None:
+            reply["reasoning_content"] = rng.choice(TEXTS[1:]) if thinking else ""
         messages = [*CHAT, {"role": "user", "content": rng.choice(TEXTS)}, reply]
         prompt, prompt_mask = BASE.render(messages[:-1], TOOLS, add_generation_prompt=True, enable_thinking=thinking)
         ids, mask = BASE.render(messages, TOOLS)
         assert ids[: len(prompt)] == prompt
-        assert mask[: len(prompt) - thinking] == prompt_mask[: len(prompt) - thinking]  # <think> itself is learned too
+        given = len(prompt) - (thinking is True)  # the <think> that opens a thought is learned too
+        assert mask[:given] == prompt_mask[:given]
         assert all(mask[len(prompt) : -1]) and mask[-1] == 0
     plain, _ = NANO.render(CHAT[:2], add_generation_prompt=True)
     assert NANO.decode(plain, skip_special=False).endswith("<|im_end|>\n<|im_start|>assistant\n")
     thinking, _ = NANO.render(CHAT[:2], add_generation_prompt=True, enable_thinking=True)
     assert thinking == [*plain, NANO.special_id("<think>")]
+    direct, _ = NANO.render(CHAT[:2], add_generation_prompt=True, enable_thinking=False)
+    assert direct == [*plain, NANO.special_id("<think>"), *NANO.encode("\n\n"), NANO.special_id("</think>"),
+                      *NANO.encode("\n\n")]
 
 
 def test_what_the_model_writes_lifts_back_to_the_message():
@@ -205,8 +209,8 @@ def test_stock_transformers_renders_the_same(tokenizer, tmp_path):
         ids, mask = tokenizer.render(messages, tools)
         out = stock.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
         assert out["input_ids"] == ids and out["assistant_masks"] == mask
-    for thinking in (False, True):
-        options = {"add_generation_prompt": True, "enable_thinking": thinking}
+    for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        options = {"add_generation_prompt": True, **thinking}
         ids, mask = tokenizer.render(CHAT[:2], TOOLS, **options)
         assert stock.apply_chat_template(CHAT[:2], tools=TOOLS, return_dict=True, **options)["input_ids"] == ids
         assert sum(mask) == 0

@@ -11,6 +11,7 @@ In a mixture every source has an endless stream of its own, and the places are d
 import functools
 
 import numpy as np
+import torch
 
 from dataset.lm_dataset import Mixture, collate
 
@@ -62,15 +63,15 @@ def share_of_rank(data, rows, rank, world_size, micro_batch_size):
     """The micro-batches of one rank: dicts of tensors (b, T), and "rows" (b,), their numbers in the data.
 
     Every rank gets the same number of micro-batches, because each backward pass meets the other ranks: a rank that is
-    short of rows takes one that is all padding. Where a micro-batch holds padding, "attention_mask" (b, T) says so.
+    short of rows takes one that is all zeros, padding. Where a micro-batch holds padding, "attention_mask" (b, T) says
+    so.
     """
     shares = -(-len(rows) // world_size)                                   # rows of the best-served rank
     size = min(micro_batch_size or shares, shares)
     mine = [{**data[row], "rows": np.int64(row)} for row in rows[rank::world_size]]
     if len(mine) < shares:
-        row = data[rows[0]]
-        mine.append({**row, "rows": np.int64(rows[0]), "loss_mask": np.zeros_like(row["loss_mask"]),
-                     "segment_ids": np.zeros_like(row["segment_ids"])})
+        blank = {name: np.zeros_like(value) for name, value in data[rows[0]].items()}
+        mine.append({**blank, "rows": np.int64(rows[0])})
     micro_batches = [collate(mine[i:i + size]) for i in range(0, shares, size)]
     for batch in micro_batches:
         real = batch["segment_ids"] > 0
@@ -80,17 +81,26 @@ def share_of_rank(data, rows, rank, world_size, micro_batch_size):
 
 
 def batches(data, cfg, run, start):
-    """Yield (step, micro_batches, num_targets) for the steps after `start` until `run.total_steps`.
+    """Yield (step, micro_batches, num_items) for the steps after `start` until `run.total_steps`.
 
-    num_targets counts the loss targets of the step over all micro-batches and ranks: the divisor of the summed loss.
-    A step without any target is passed over. `run.total_steps` may shrink on the way (see Run.fit_to_budget).
+    num_items, the divisor of the summed loss, counts loss targets, or what else `data.count` counts (pairs), over all
+    micro-batches and ranks of the step. A step without any is passed over. `run.total_steps` may shrink on the
+    way (see Run.fit_to_budget).
     """
     step, stream = start, row_stream(data, cfg.seed)
     while step < run.total_steps and not run.stop_requested():
         step += 1
         rows = rows_of_step(stream, cfg, 1 if cfg.overfit_batch else step, run.last_place)
         micro_batches = share_of_rank(data, rows, run.rank, run.world_size, cfg.micro_batch_size)
-        num_targets = run.sum_over_ranks(sum(int(batch["loss_mask"].sum()) for batch in micro_batches))
-        if num_targets:
-            yield step, [run.to_device(batch) for batch in micro_batches], num_targets
+        num_items = run.sum_over_ranks(sum(data.count(batch) for batch in micro_batches))
+        if num_items:
+            yield step, [run.to_device(batch) for batch in micro_batches], num_items
         run.end_of_step(step)
+
+
+def coins(rows, count):
+    """A fixed fair coin for each of the first `count` pairs of rows (B,): bool (B, count)."""
+    number = rows[:, None] * 65_536 + torch.arange(count, device=rows.device)                  # (B, count)
+    for _ in range(3):                                                                         # scrambled
+        number = (number >> 16 ^ number) * 0x45D9F3B % 2**32
+    return (number >> 16) % 2 == 1

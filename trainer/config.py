@@ -35,6 +35,8 @@ class TrainConfig:
     warmup_steps: int = arg(40, "steps of linear warm-up from 0")
     weight_decay: float = arg(0.1, "decay of matrices (never of norm gains and biases)")
     grad_clip: float = arg(1.0, "largest gradient norm; 0 = no clipping")
+    optimizer_state: str = arg("device", "where the optimizer's moments lie: device, or cpu, main memory: room on GPUs "
+                               "for a larger model, slower steps", choices=("device", "cpu"))
 
     eval_every: int = arg(100, "steps between held-out evaluations; 0 = only at the end")
     eval_rows: int = arg(128, "held-out rows of the evaluations on the way; the last one takes all")
@@ -66,6 +68,21 @@ class TrainConfig:
     overfit_batch: bool = arg(False, "sanity check: train on the first batch only; its loss must go to zero")
 
 
+@dataclass
+class FineTuneConfig(TrainConfig):
+    """What every stage after full_sft shares: a parent checkpoint, trained whole or through LoRA."""
+    model: str = arg("out/full_sft", "checkpoint folder to start from: size, tokenizer and chat template come from it")
+    optimizer: str = arg("adamw", "muon (matrices by Muon, the rest by AdamW) or adamw", choices=("muon", "adamw"))
+    schedule: str = arg("cosine", "after warm-up: wsd (flat, then down), cosine or constant",
+                        choices=("wsd", "cosine", "constant"))
+    lora_rank: int = arg(0, "train low-rank updates (LoRA) of this rank in place of the weights; 0 = the weights")
+    lora_alpha: float = arg(0.0, "size of the low-rank updates: they are multiplied by alpha / rank; 0 = 2 · rank")
+    lora_targets: str = arg("all", "layers that get one: names by commas, as q_proj,v_proj; all = every linear layer")
+    quantize: str = arg("none", "keep the frozen weights in 8 or 4 bits (QLoRA): int8, int4 or nf4; needs --lora_rank",
+                        choices=("none", "int8", "int4", "nf4"))
+    chat_template: str = arg("", "chatml or a Jinja file in place of the checkpoint's own template")
+
+
 MINIMIND_FLAGS = {   # what MiniMind users type: what answers it here
     "from_resume": "the same command again continues an unfinished run by itself",
     "use_wandb": "it is --tracker swanlab or --tracker wandb",
@@ -89,5 +106,13 @@ MINIMIND_FLAGS = {   # what MiniMind users type: what answers it here
     "max_gen_len": "it is --max_new_tokens of the stages that sample (train_grpo.py …)",
     "reasoning": "not needed: a stage thinks before it answers where its data and its model do (train_reason.py)",
     "reward_model_path": "it is --reward_model FOLDER of the stages that sample (train_grpo.py …)",
+    "student_hidden_size": "it is --size LAYERSxWIDTH for a new student, or --model FOLDER",
+    "student_num_layers": "it is --size LAYERSxWIDTH for a new student, or --model FOLDER",
+    "student_use_moe": "it is --size moe for a new student, or --model FOLDER",
+    "teacher_hidden_size": "not needed: it comes from --teacher FOLDER",
+    "teacher_num_layers": "not needed: it comes from --teacher FOLDER",
+    "teacher_use_moe": "not needed: it comes from --teacher FOLDER",
+    "from_student_weight": "it is --model FOLDER",
+    "from_teacher_weight": "it is --teacher FOLDER",
     "ddp": "start with torchrun --nproc_per_node N and it is distributed",
 }

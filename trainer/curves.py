@@ -54,9 +54,10 @@ def read(folder):
 
 
 def held_out(entries):
-    """The evaluations among `entries`: [{"step", "tokens", "loss", "bits_per_byte", "targets"}]."""
-    return [{"step": entry["step"], "tokens": entry["tokens"], "loss": entry["val_loss"],
-             "bits_per_byte": entry["val_bits_per_byte"], "targets": entry["val_targets"]}
+    """The evaluations among `entries`: [{"step", "tokens", "loss", "bits_per_byte" or "accuracy" …}]."""
+    return [{"step": entry["step"], "tokens": entry["tokens"],
+             **{name.removeprefix("val_"): value for name, value in entry.items()
+                if name.startswith("val_") and isinstance(value, int | float)}}
             for entry in entries if "val_loss" in entry]
 
 
@@ -214,8 +215,9 @@ def draw(entries, folder, band=()):
         loss.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         loss.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         loss.yaxis.set_minor_locator(ticker.NullLocator())
-    loss.set_title("loss (nats per target)" + (f", {tests[-1]['bits_per_byte']:.3f} bits per byte held out at the end"
-                                               if tests else ""), loc="left", fontsize=10)
+    ends = [f", {tests[-1][name]:.3f} {name.replace('_', ' ')} held out at the end"
+            for name in ("bits_per_byte", "accuracy") if tests and name in tests[-1]]
+    loss.set_title("loss (nats per item)" + "".join(ends), loc="left", fontsize=10)
     loss.legend(frameon=False)
     for name, title in (("lr", "learning rate"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens/s")):
         curve(axes[name], steps, name, color="tab:gray", linewidth=1)

@@ -1,14 +1,18 @@
 """Parameter groups, the optimizers, the learning rate of a step, and the step itself."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
 
+from model.adapters.adapted import learning_rate_ratios
 from model.moe import update_router_bias
 from trainer.parallel import full
+
+VISITORS = 2**26        # with moments in main memory: weights whose moments are on the device at a time
 
 
 class Muon(Optimizer):
@@ -83,19 +87,71 @@ def build_optimizers(model, cfg, dtype=torch.float32):
     """The optimizers of a model: a list, in a fixed order, which together own every trainable parameter once.
 
     Matrices inside the blocks go to Muon (or AdamW with decay); embeddings and head to AdamW with decay; norm gains and
-    biases to AdamW without, because pulling a gain towards 0 regularises nothing.
+    biases to AdamW without, because pulling a gain towards 0 regularises nothing. So do all parameters of adapters,
+    each kind at its own rate (`lr_ratio`): a pull towards 0 would be one towards the base model, and Muon's update, of
+    full rank, is not for thin matrices.
     """
-    hidden, tables, vectors = [], [], []
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.lm_head.weight)}
+    hidden, tables, vectors, adapters = [], [], [], {}
+    ratios = learning_rate_ratios(model)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings |= {id(p) for name, p in model.named_parameters() if name in ("lm_head.weight", "score.weight")}
     for p in model.parameters():
-        if p.requires_grad:
+        if p.requires_grad and id(p) in ratios:
+            adapters.setdefault(ratios[id(p)], []).append(p)
+        elif p.requires_grad:
             (vectors if p.dim() < 2 else tables if id(p) in embeddings else hidden).append(p)
     decayed = tables if cfg.optimizer == "muon" else tables + hidden
     groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    optimizers = [AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    groups += [dict(params=params, weight_decay=0.0, lr_ratio=ratio) for ratio, params in adapters.items()]
+    adamw = partial(AdamW, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    recipes = [(adamw, [g for g in groups if g["params"]])]
     if cfg.optimizer == "muon" and hidden:
-        optimizers.append(Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype))
-    return optimizers
+        recipes.append((partial(Muon, lr=cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype), [dict(params=hidden)]))
+    if cfg.optimizer_state == "cpu" and any(p.is_cuda for p in model.parameters()):
+        return [keep_in_main_memory(make([part])) for make, groups in recipes for part in cut(groups, VISITORS)]
+    return [make(groups) for make, groups in recipes if groups]
+
+
+def cut(groups, most):
+    """Parameter groups in pieces of at most `most` numbers each, or of one larger tensor."""
+    for group in groups:
+        part, size = [], 0
+        for p in group["params"]:
+            if part and size + p.numel() > most:
+                yield {**group, "params": part}
+                part, size = [], 0
+            part.append(p)
+            size += p.numel()
+        yield {**group, "params": part}
+
+
+def keep_in_main_memory(optimizer):
+    """Let the moments of an optimizer lie in main memory, and visit the device for its step only. Returns it.
+
+    The arithmetic stays what and where it was. QLoRA's paged optimizers (arXiv:2305.14314, section 3) leave the moving
+    to the driver, which moves what it must; here it is done piece by piece, see `cut`.
+    """
+    optimizer.in_main_memory = {}                            # parameter: its moments there, while they visit the device
+
+    def bring(optimizer, *_):
+        for p, moments in list(optimizer.state.items()):
+            optimizer.in_main_memory[p] = moments
+            optimizer.state[p] = {name: value.to(p.device, non_blocking=True) for name, value in moments.items()}
+
+    def take_back(optimizer, *_):
+        for p, moments in list(optimizer.state.items()):
+            home = optimizer.in_main_memory.pop(p, None) or {     # pinned: the GPU copies from it by itself
+                name: torch.empty_like(value, device="cpu", pin_memory=p.is_cuda) for name, value in moments.items()}
+            for name, value in moments.items():
+                home[name].copy_(value, non_blocking=True)
+            optimizer.state[p] = home
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                         # whoever saves them reads them next
+
+    optimizer.register_step_pre_hook(bring)
+    optimizer.register_step_post_hook(take_back)
+    optimizer.register_load_state_dict_post_hook(take_back)
+    return optimizer
 
 
 def lr_at(step, total_steps, cfg):
@@ -136,7 +192,7 @@ def optimizer_step(model, optimizers, lr, grad_clip, scaler=None, on_nonfinite="
     left_out = (scaler is not None or on_nonfinite == "skip") and not norm.isfinite()      # here a GPU is waited for
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         if not left_out:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from dataset.show import row_lines
 from model import device as devices
 from model.errors import UserError
 from model.moe import routers
+from model.quantize import unpacked_bytes
 from trainer import parallel, state
 from trainer.batches import row_stream, rows_of_step, share_of_rank
 from trainer.optim import Muon, turning_points
@@ -53,6 +55,8 @@ def check_flags(cfg, world_size):
                         f"{world_size}; or start fewer ranks")
     if cfg.micro_batch_size > cfg.batch_size:
         raise UserError(f"--micro_batch_size {cfg.micro_batch_size}: must be at most --batch_size {cfg.batch_size}")
+    if cfg.optimizer_state == "cpu" and parallel.is_sharded(cfg, world_size):
+        raise UserError("--optimizer_state cpu: --parallel fsdp cuts the moments up already; leave one of them out")
     if cfg.early_stop and not cfg.eval_every:
         raise UserError(f"--early_stop {cfg.early_stop}: counts evaluations, so --eval_every must not be 0")
 
@@ -128,11 +132,15 @@ def local_bytes(tensors):
 
 
 def lasting_bytes(model, optimizers):
-    """{"weights", "gradients", "optimizer"}: bytes per rank. AdamW keeps two numbers per weight, Muon one."""
+    """{"weights", "gradients", "optimizer"}: bytes on the device per rank. AdamW keeps two numbers per weight, Muon
+    one; of moments that lie in main memory, only the most that visit the device at a time count."""
+    staying, visiting = [], [0]
+    for optimizer in optimizers:
+        size = (1 if isinstance(optimizer, Muon) else 2) * sum(local_bytes(g["params"]) for g in optimizer.param_groups)
+        (visiting if hasattr(optimizer, "in_main_memory") else staying).append(size)
     return {"weights": local_bytes([*model.parameters(), *model.buffers()]),
             "gradients": local_bytes(p for p in model.parameters() if p.requires_grad),
-            "optimizer": sum((1 if isinstance(optimizer, Muon) else 2) * local_bytes(group["params"])
-                             for optimizer in optimizers for group in optimizer.param_groups)}
+            "optimizer": sum(staying) + max(visiting)}
 
 
 def check_disk(cfg, out, model, optimizers):
@@ -141,7 +149,7 @@ def check_disk(cfg, out, model, optimizers):
     Weights twice and one training state more than are kept, since the old is removed only when the new is whole; and
     the best weights, if they are kept.
     """
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    weights = sum(tensor.nbytes for tensor in state.tensors_of(model).values())
     moments = sum((1 if isinstance(optimizer, Muon) else 2) * p.nbytes
                   for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     need = 2 * weights + (cfg.keep_saves + 1) * (weights + moments) + bool(cfg.early_stop) * weights
@@ -186,8 +194,8 @@ def rehearse(run, model, wrapped, optimizers, loss_of, room):
         part = {key: value[torch.arange(number) % share].to(run.device) for key, value in batch.items()}
         with run.autocast():
             loss, parts = loss_of(part)
-        targets = max(int(part["loss_mask"].sum()), 1)
-        return loss / targets, float(parts.get("loss", loss).detach()) / targets
+        items = max(run.train.count(part), 1)
+        return loss / items, float(parts.get("loss", loss).detach()) / items
 
     def forward_backward(number):
         model.zero_grad(set_to_none=True)
@@ -243,7 +251,8 @@ def first_rows(run):
 def no_trace(run, model, wrapped, optimizers):
     """What is computed inside changes nothing outside. (That weights stay what they are is up to `update`.)"""
     random = state.random_state(run.device)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    saved = model.state_dict()                         # other buffers never change: rotation speeds, packed weights
+    buffers = [(buffer, buffer.clone()) for name, buffer in model.named_buffers() if name in saved]
     loads = [(router, router.load.clone()) for router in routers(model)]
     parallel.accumulating(wrapped, last=False)         # under DDP every rank is on its own
     try:
@@ -304,12 +313,13 @@ def activation_bytes(model, forward, few):
     model.model.activation_checkpointing, kept = False, model.model.activation_checkpointing
     plain = bytes_for_backward(model, functools.partial(forward, 1)) if kept else one
     model.model.activation_checkpointing = kept
-    return per_row + plain / model.config.num_hidden_layers, max(one - per_row, 0)
+    return per_row + plain / model.config.num_hidden_layers, max(one - per_row, 0) + unpacked_bytes(model)
 
 
 def bytes_for_backward(model, function):
     """Bytes that a forward pass keeps for the backward pass, the weights themselves excepted."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters() if not isinstance(p, DTensor)}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+           if not isinstance(tensor, DTensor)}
     kept = {}
 
     def see(tensor):
@@ -420,22 +430,9 @@ def show_batch(run):
     """Print the first rows of the first batch, where they come from, and which of their tokens carry loss."""
     rows = first_rows(run)
     for row in rows[:ROWS_SHOWN]:
-        places = run.train.where(row)
-        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        run.print(f"\n{', '.join(places[:3])}{more}; tokens with loss in [brackets]:")
-        run.print(show_row(run.train[row], run.tokenizer))
+        run.print("\n".join(["", *row_lines(run.train, row, run.tokenizer)]))
     if len(rows) > ROWS_SHOWN:
         run.print(f"\n… and {len(rows) - ROWS_SHOWN} more rows in the first batch")
-
-
-def show_row(row, tokenizer):
-    """A row as text, tokens that carry loss in [brackets]."""
-    shown = []
-    for index, loss, segment in zip(row["input_ids"], row["loss_mask"], row["segment_ids"], strict=True):
-        if segment:
-            text = tokenizer.decode([int(index)], skip_special=False)
-            shown.append(f"[{text}]" if loss else text)
-    return "".join(shown)
 
 
 def size(number):

@@ -1,7 +1,8 @@
 """What surrounds the loop of every train script: device and ranks, the plan, progress, records, signals, the end.
 
-`run = setup(cfg, "pretrain")` at the top of main, then in the order of the scripts: `run.plan`, `run.wrap`, in the loop
-`run.accumulate`, `run.log`, `run.due`, `run.log_held_out`, and `run.finish` after it. Nothing here knows an objective.
+`run = setup(cfg, "pretrain")` at the top of main, then in the order of the scripts: `run.load_model`, `run.plan`,
+`run.wrap`, in the loop `run.accumulate`, `run.log`, `run.due`, `run.evaluate`, and `run.finish` after it. Nothing here
+knows an objective: what is averaged over says `data.count`, what is measured on held-out rows `run.measure`.
 """
 
 import dataclasses
@@ -21,8 +22,11 @@ import torch.distributed as dist
 from dataset.lm_dataset import load_rows
 from eval.eval_loss import evaluate_loss
 from model import device as devices
-from model.checkpoint import save_model
+from model.adapters.adapted import AdapterConfig, attach, has_adapters
+from model.adapters.folder import save_adapter
+from model.checkpoint import load_model, save_model
 from model.errors import UserError
+from model.heads import ScalarModel
 from model.transformer import count_parameters
 from trainer import curves, parallel, preflight, state
 from trainer.config import STARTED
@@ -31,7 +35,7 @@ from trainer.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[1]
 MANY_EPOCHS = 1000        # a wall-clock budget alone decides how long to train
-PATHS = {"data", "val_data", "model", "out", "tokenizer", "chat_template"}      # may differ from host to host
+PATHS = {"data", "val_data", "model", "teacher", "out", "tokenizer", "chat_template"}     # may differ between hosts
 OVERFIT_STEPS = 200       # are enough to learn one batch by heart
 TRIAL_STEPS = (3, 8)      # with a wall-clock budget, the steps after the 3rd up to the 8th are timed to fit the rest
 
@@ -64,11 +68,14 @@ class Run:
         self.check_newest_state()
         # where a model is built: what will be cut up must not fill the device first
         self.build_device = torch.device("cpu") if parallel.is_sharded(cfg, self.world_size) else self.device
+        # measure(model, data, tokenizer, device, max_rows, rank, world_size) -> held-out figures: "loss", the headline,
+        # its "…_interval" and any more
+        self.measure, self.headline = evaluate_loss, "bits_per_byte"
         self.total_steps = self.last_place = 0
         self.tokens, self.earlier_seconds, self.budget_fitted = 0, 0.0, False
         self.aside = 0.0                       # seconds spent on evaluation, samples and saving since the last log line
         self.seconds_per_row = 0.0             # of a held-out evaluation
-        self.sums, self.window_targets, self.window_tokens = {}, 0, 0       # since the last log line: on this rank
+        self.sums, self.window_items, self.window_tokens = {}, 0, 0         # since the last log line: on this rank
         self.window_steps, self.window_seconds = 0, 0.0                     # and in earlier parts of the run
         self.train_seconds = 0.0               # in the steps of all lines so far: no evaluation, samples or saving
         self.window_start = self.step_start = time.perf_counter()
@@ -150,12 +157,12 @@ class Run:
         self.on_main(compare)
 
     def sum_over_ranks(self, number):
-        """Sum of an int over all ranks, on every rank."""
+        """Sum of a number over all ranks, on every rank."""
         if self.world_size == 1:
             return number
-        total = torch.tensor(number)
+        total = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64)
         dist.all_reduce(total, group=self.control)
-        return int(total)
+        return total.item()
 
     def wrap(self, model):
         """The module that the loss goes through: `model` itself, or what trainer/parallel.py makes of it."""
@@ -175,10 +182,14 @@ class Run:
         """The loss to differentiate: itself, but in float16 multiplied by what `optimizer_step` divides by."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
+    def count(self, batch, times=1):
+        """Add the real tokens and items of a batch to the counts of the log; times -1 takes them back."""
+        self.window_tokens += times * int((batch["segment_ids"] > 0).sum())
+        self.window_items += times * self.train.count(batch)
+
     def to_device(self, batch):
-        """A batch on the device; how many real tokens and targets it has goes into the counts of the log."""
-        self.window_tokens += int((batch["segment_ids"] > 0).sum())
-        self.window_targets += int(batch["loss_mask"].sum())
+        """A batch on the device; how many real tokens and items it has goes into the counts of the log."""
+        self.count(batch)
         if self.device.type == "cuda":                     # copied while the GPU computes: only pinned memory can be
             batch = {key: value.pin_memory() for key, value in batch.items()}
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
@@ -189,6 +200,26 @@ class Run:
         """The checkpoint folder a stage starts from: as given, or under the project root when it is a default."""
         default = next(field.default for field in dataclasses.fields(self.cfg) if field.name == "model")
         return ROOT / folder if folder == default and not Path(folder).exists() else folder
+
+    def load_model(self, cfg, adapter=None, load=load_model, **of_adapter):
+        """(model, tokenizer) of --model, with --chat_template, and either trained whole or, frozen and perhaps in few
+        bits, through an adapter: --lora_rank, or the AdapterConfig that is given.
+
+        load: what reads a folder, with the arguments of model.checkpoint.load_model; of_adapter: more of --lora_rank's
+        AdapterConfig.
+        """
+        if adapter is None and cfg.lora_rank:
+            adapter = AdapterConfig(method="lora", rank=cfg.lora_rank, alpha=cfg.lora_alpha or 2 * cfg.lora_rank,
+                                    targets=cfg.lora_targets, **of_adapter)
+        if adapter is None and cfg.quantize != "none":
+            raise UserError(f"--quantize {cfg.quantize}: weights of few bits cannot be trained themselves; give "
+                            "--lora_rank 16 too, which trains an adapter beside them")
+        model, tokenizer = load(self.parent(cfg.model), self.build_device, self.weights_dtype, quantize=cfg.quantize)
+        if cfg.chat_template:
+            tokenizer = tokenizer.with_chat_template(cfg.chat_template)
+        if adapter is not None:
+            attach(model, adapter)
+        return model, tokenizer
 
     def datasets(self, kind, path, tokenizer):
         """(train, held-out) datasets of class `kind`: --val_data, or a part that is kept out of training."""
@@ -212,6 +243,7 @@ class Run:
         self.data = {"records": train.report["records"], "tokens": train.report["tokens"], "rows": rows,
                      "held_out_rows": len(val)}
         total, active = count_parameters(model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         config = model.config
         if cfg.max_len > config.max_position_embeddings:             # rotary positions have no end: they can be learnt
             self.print(f"  note    the model knows {config.max_position_embeddings} positions; it is now trained on "
@@ -224,6 +256,7 @@ class Run:
         report = train.report
         self.print(f"{self.stage}: {total / 1e6:.2f}M parameters"
                    + (f" ({active / 1e6:.2f}M active per token)" if active < total else "")
+                   + (f", {trained:,} of them trained ({trained / total:.2%})" if trained < total else "")
                    + f", {config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}")
         self.print(f"  data    {report['records']:,} records, {report['tokens']:,} tokens in {rows:,} rows of "
                    f"{cfg.max_len}, {report['padding']:.1%} padding; {len(val):,} rows held out"
@@ -305,14 +338,14 @@ class Run:
 
     def window(self):
         """The sums of this rank since the last log line, which a continued run goes on adding to."""
-        return {"sums": {name: float(value) for name, value in self.sums.items()}, "targets": self.window_targets,
+        return {"sums": {name: float(value) for name, value in self.sums.items()}, "items": self.window_items,
                 "tokens": self.window_tokens, "steps": self.window_steps, "seconds": self.window_elapsed()}
 
     def restore_window(self, windows):
         """Undo `window`, given those of all ranks: one's own is continued, and those of ranks that are no more too."""
         self.window_steps, self.window_seconds = windows[0]["steps"], windows[0]["seconds"]
         for window in windows[self.rank::self.world_size]:
-            self.window_targets += window["targets"]
+            self.window_items += window["items"]
             self.window_tokens += window["tokens"]
             for name, value in window["sums"].items():
                 self.sums[name] = self.sums.get(name, 0) + value
@@ -377,7 +410,7 @@ class Run:
         """Add summed metrics of a micro-batch (0-d tensors) to the log window; no wait for the device."""
         counts = self.watch.seen(sum(sums.values()), self.batch["rows"])
         if not counts:
-            self.window_targets -= int(self.batch["loss_mask"].sum())
+            self.window_items -= self.train.count(self.batch)
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + (value.detach() if counts else torch.zeros_like(value))
 
@@ -393,12 +426,12 @@ class Run:
             return
         self.watch.check()
         names = sorted(self.sums)
-        totals = torch.tensor([float(self.sums[name]) for name in names] + [self.window_targets, self.window_tokens],
+        totals = torch.tensor([float(self.sums[name]) for name in names] + [self.window_items, self.window_tokens],
                               dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(totals, group=self.control)
-        *sums, targets, tokens = totals.tolist()
-        means = {name: value / targets for name, value in zip(names, sums, strict=True) if targets}
+        *sums, items, tokens = totals.tolist()
+        means = {name: value / items for name, value in zip(names, sums, strict=True) if items}
         grad_norm = float(grad_norm)
         elapsed = self.window_elapsed()
         self.tokens += int(tokens)
@@ -416,7 +449,7 @@ class Run:
         self.show_progress(means, left)
         if "loss" in means:
             self.watch.window(step, means["loss"])
-        self.sums, self.window_targets, self.window_tokens = {}, 0, 0
+        self.sums, self.window_items, self.window_tokens = {}, 0, 0
         self.window_steps, self.window_seconds, self.aside = 0, 0.0, 0.0
         self.window_start = time.perf_counter()
 
@@ -424,10 +457,11 @@ class Run:
         """The last metrics as one row of a table; its header comes again after anything else was printed."""
         now = self.metrics
         known = self.budget_fitted or not self.cfg.max_minutes       # else the number of steps is still to be measured
-        bpb = f"{self.held_out['bits_per_byte']:.3f}" if self.held_out else "-"
+        held_out = f"{self.held_out[self.headline]:.3f}" if self.held_out else "-"
+        short = {"bits_per_byte": "bpb"}.get(self.headline, self.headline)
         columns = [("step", "<13", f"{now['step']}/{self.total_steps if known else '?'}"),
                    *((name, f">{max(len(name), 8)}", f"{value:.4f}") for name, value in means.items()),
-                   ("bpb", ">6", bpb), ("lr", ">7", f"{now['lr']:.1e}"),
+                   (short, f">{max(len(short), 6)}", held_out), ("lr", ">7", f"{now['lr']:.1e}"),
                    ("|g|", ">6", "-" if now["grad_norm"] is None else f"{now['grad_norm']:.2f}"),
                    *([("skipped", ">7", f"{self.watch.skipped}")] if self.watch.skipped else []),
                    ("tok/s", ">7", f"{now['tokens_per_second']:.0f}"), ("mfu", ">4", f"{now['mfu']:.0%}"),
@@ -446,19 +480,19 @@ class Run:
         self.tracker.log(entry["step"], entry)
 
     def evaluate(self, step, model, val, tokenizer, rows=0, final=False):
-        """Held-out loss of `model` (0 rows = all), shared between ranks; logged, recorded and returned."""
+        """Held-out figures of `model` (0 rows = all), shared between ranks; logged, recorded and returned."""
         start = time.perf_counter()
         self.watch.check()
         with self.autocast(), parallel.whole(model), torch.compiler.set_stance("force_eager"):    # other shapes
-            scores = evaluate_loss(model, val, tokenizer, self.device, max_rows=rows, rank=self.rank,
-                                   world_size=self.world_size)
+            scores = self.measure(model, val, tokenizer, self.device, max_rows=rows, rank=self.rank,
+                                  world_size=self.world_size)
         self.held_out = scores
         tokens = self.tokens + self.sum_over_ranks(self.window_tokens)
         self.record({"step": step, "tokens": tokens, **({"final": True} if final else {}),
                      **{f"val_{name}": value for name, value in scores.items()}})
-        interval = scores["bits_per_byte_interval"]
-        self.print(f"{'':>4}held out after step {step:,}: loss {scores['loss']:.4f}, {scores['bits_per_byte']:.4f} "
-                   f"bits per byte [{interval[0]:.3f}, {interval[1]:.3f}]")
+        interval = scores[f"{self.headline}_interval"]
+        self.print(f"{'':>4}held out after step {step:,}: loss {scores['loss']:.4f}, {scores[self.headline]:.4f} "
+                   f"{self.headline.replace('_', ' ')} [{interval[0]:.3f}, {interval[1]:.3f}]")
         seconds = time.perf_counter() - start
         self.seconds_per_row = seconds / min(rows or len(val), len(val))
         if self.cfg.early_stop and not final:
@@ -508,7 +542,11 @@ class Run:
         weights = parallel.gather(state.tensors_of(model))
         state.save(self.cfg, self, step, weights, optimizers)
         card = self.card(step, model, scores)
-        self.on_main(lambda: save_model(self.out, model, tokenizer, card=card, weights=weights))
+        if has_adapters(model):
+            base = str(self.parent(self.cfg.model))
+            self.on_main(lambda: save_adapter(self.out, model, tokenizer, base, card=card, weights=weights))
+        else:
+            self.on_main(lambda: save_model(self.out, model, tokenizer, card=card, weights=weights))
         self.aside += time.perf_counter() - start
 
     def finish(self, step, model, val, tokenizer, optimizers):
@@ -548,7 +586,9 @@ class Run:
                 "ranks": self.world_size, "dtype": str(self.dtype).removeprefix("torch."),
                 "config": dataclasses.asdict(self.cfg), "data": self.data,
                 "parent": curves.settings(parent) if parent else None,
-                "parameters": count_parameters(model)[0], "planned_steps": self.total_steps, "steps": step,
+                "parameters": count_parameters(model)[0],
+                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "planned_steps": self.total_steps, "steps": step,
                 "tokens": self.tokens, "minutes": round(self.seconds() / 60, 3),
                 "planned_minutes": round(self.planned_minutes, 3), "micro_batch_size": self.cfg.micro_batch_size,
                 **self.watch.summary(),
@@ -560,15 +600,18 @@ class Run:
         """README.md of the folder: where this checkpoint comes from."""
         cfg = self.cfg
         total, active = count_parameters(model)
-        lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "",
+        task = "text-classification" if isinstance(model, ScalarModel) else "text-generation"
+        lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "---", "",
                  f"# {self.out.name}", "", f"Stage `{self.stage}`, {step:,} steps, {self.tokens:,} tokens.", "",
                  f"- parameters: {total:,} ({active:,} active per token)",
                  f"- parent: {cfg.model or 'none, trained from scratch'}",
                  f"- data: {cfg.data}",
                  f"- code: {git_commit() or 'unknown'}"]
         if scores:
-            lines.append(f"- held-out bits per byte: {scores['bits_per_byte']:.4f} "
-                         f"{[round(x, 4) for x in scores['bits_per_byte_interval']]}")
+            lines.append(f"- held-out {self.headline.replace('_', ' ')}: {scores[self.headline]:.4f} "
+                         f"{[round(x, 4) for x in scores[f'{self.headline}_interval']]}")
+        if model.config.judge_template:
+            lines.append(f"- asked with: `{json.dumps(model.config.judge_template)}`")
         settings = json.dumps(dataclasses.asdict(cfg), indent=1)
         return "\n".join([*lines, "", "```json", settings, "```", ""])
 

@@ -91,10 +91,20 @@ def clear(out):
 
 
 def tensors_of(model):
-    """The tensors of a model by name, each once: of tied weights only the first."""
+    """The tensors of a model by name, each once: of tied weights only the first.
+
+    Of a model that is frozen in part, only those of the modules that are trained: what is frozen, the run finds again
+    where it found it before.
+    """
     first = {name for name, _ in model.named_parameters()}
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+    if all(p.requires_grad for p in model.parameters()):
+        return tensors
+    trained = {f"{prefix}.{name}" for prefix, module in model.named_modules()
+               if any(p.requires_grad for p in module.parameters(recurse=False))
+               for name in (*module._parameters, *module._buffers)}
+    return {name: tensor for name, tensor in tensors.items() if name in trained}
 
 
 def save(cfg, run, step, weights, optimizers):
@@ -270,6 +280,7 @@ def fill_optimizer(optimizer, outline, saved):
             values[name] = torch.empty_like(like, dtype=value.dtype)
             parallel.share(saved and saved["state"][number][name], values[name])
     optimizer.load_state_dict(outline)
+    outline["state"].clear()                                  # what it does not hold itself must not stay on the device
 
 
 @contextmanager

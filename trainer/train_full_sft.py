@@ -21,14 +21,16 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 
 from model.errors import run as run_script
-from trainer.config import MINIMIND_FLAGS, TrainConfig, arg, parse_args
+from trainer.config import MINIMIND_FLAGS, FineTuneConfig, arg, parse_args
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(FineTuneConfig):
     model: str = arg("out/pretrain", "checkpoint folder to start from: size, tokenizer and chat template come from it")
+    optimizer: str = arg("muon", "muon (matrices by Muon, the rest by AdamW) or adamw", choices=("muon", "adamw"))
+    schedule: str = arg("wsd", "after warm-up: wsd (flat, then down), cosine or constant",
+                        choices=("wsd", "cosine", "constant"))
     lr: float = arg(1e-3, "peak learning rate")
-    chat_template: str = arg("", "chatml or a Jinja file in place of the checkpoint's own template")
 
 
 if __name__ == "__main__":
@@ -36,7 +38,6 @@ if __name__ == "__main__":
 
 from dataset.builtin.generate import resolve
 from dataset.lm_dataset import SFTDataset
-from model.checkpoint import load_model
 from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
 from trainer import preflight, runtime, state
@@ -58,9 +59,7 @@ def main(cfg):
     run = runtime.setup(cfg, "full_sft")
 
     # --- build
-    model, tokenizer = load_model(run.parent(cfg.model), run.build_device, run.weights_dtype)
-    if cfg.chat_template:
-        tokenizer = tokenizer.with_chat_template(cfg.chat_template)
+    model, tokenizer = run.load_model(cfg)
     path = resolve(cfg.data, "sft")
     train, val = run.datasets(SFTDataset, path, tokenizer)
     run.plan(model, train, val, tokenizer)
