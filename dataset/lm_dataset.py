@@ -4,8 +4,8 @@
     data[0]         {"input_ids", "loss_mask", "segment_ids", "positions"}, each (T,) with T = max_len
     collate([data[0], data[1]])                                       the same as torch tensors (B, T)
 
-Which stage reads which class: pretraining PretrainDataset; full_sft and lora SFTDataset; reward and dpo
-PreferenceDataset (with --loss kto UnpairedDataset). (Prompts for reinforcement learning get a PromptDataset.)
+Which stage reads which class: pretraining PretrainDataset; full_sft and lora SFTDataset; reason ReasonDataset; reward
+and dpo PreferenceDataset (with --loss kto UnpairedDataset). (Prompts for reinforcement learning get a PromptDataset.)
 
 A row holds several texts one after the other, so that no compute is spent on padding:
 

@@ -268,4 +268,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                    # for terminals that lack a character
     run(main, CONFIG)

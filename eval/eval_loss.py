@@ -23,6 +23,8 @@ from model.errors import run
 @dataclass
 class Config:
     model: str = arg("out/pretrain", "checkpoint folder")
+    adapter: str = arg("", "adapter folder to use on it, as train_lora.py leaves one")
+    rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
     quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
                         choices=("none", "int8", "int4", "nf4"))
     data: str = arg("builtin", "jsonl, txt, a folder, several by commas, or builtin (its held-out text)")
@@ -98,7 +100,8 @@ def evaluate_loss(model, data, tokenizer, device, batch_size=16, max_rows=0, ran
 
 def main(cfg):
     device = devices.pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.model, device, quantize=cfg.quantize)
+    model, tokenizer = load_model(cfg.model, device, rope_scaling=cfg.rope_scaling, quantize=cfg.quantize,
+                                  adapter=cfg.adapter)
     path = resolve(cfg.data, "pretrain")
     split = "val" if cfg.data.startswith("builtin") else cfg.split
     data = kind_of(path)(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, split=split,
@@ -106,7 +109,8 @@ def main(cfg):
     with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
         scores = evaluate_loss(model, data, tokenizer, device, max_rows=cfg.max_rows)
     low, high = scores["bits_per_byte_interval"]
-    print(f"{cfg.model} on {cfg.data}: {scores['targets']:,} targets, {scores['bytes']:,} bytes")
+    print(f"{cfg.model}{f' with {cfg.adapter}' if cfg.adapter else ''} on {cfg.data}: "
+          f"{scores['targets']:,} targets, {scores['bytes']:,} bytes")
     print(f"loss {scores['loss']:.4f}   perplexity {scores['perplexity']:.2f}   "
           f"bits per byte {scores['bits_per_byte']:.4f} [{low:.4f}, {high:.4f}]")
     if cfg.out:

@@ -25,6 +25,8 @@ from model.errors import UserError, run
 @dataclass
 class Config:
     model: str = arg("out/full_sft", "checkpoint folder")
+    adapter: str = arg("", "adapter folder to use on it, as train_lora.py leaves one")
+    rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
     quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
                         choices=("none", "int8", "int4", "nf4"))
     data: str = arg("builtin", "jsonl of items (conversations or prompt, answer, checker, skill), or builtin")
@@ -155,17 +157,19 @@ def table(scores):
 
 def main(cfg):
     device = devices.pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.model, device, quantize=cfg.quantize)
+    model, tokenizer = load_model(cfg.model, device, rope_scaling=cfg.rope_scaling, quantize=cfg.quantize,
+                                  adapter=cfg.adapter)
     items = read_items(resolve(cfg.data, f"skills_{cfg.split}"), cfg.limit)
     if cfg.max_new_tokens:
         items = [{**item, "max_new_tokens": cfg.max_new_tokens} for item in items]
     scores = evaluate_skills(model, tokenizer, items, cfg.batch_size, cfg.thinking)
-    print(f"{cfg.model} on {cfg.data}{f' ({cfg.split} items)' if cfg.data.startswith('builtin') else ''}")
+    print(f"{cfg.model}{f' with {cfg.adapter}' if cfg.adapter else ''} on {cfg.data}"
+          f"{f' ({cfg.split} items)' if cfg.data.startswith('builtin') else ''}")
     print("\n".join(table(scores)))
     if cfg.out:
         path = pathlib.Path(cfg.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"model": cfg.model, "data": cfg.data, "split": cfg.split,
+        path.write_text(json.dumps({"model": cfg.model, "adapter": cfg.adapter, "data": cfg.data, "split": cfg.split,
                                     "thinking": cfg.thinking, **scores}, indent=1,
                                    ensure_ascii=False), encoding="utf-8")
     return scores

@@ -209,15 +209,19 @@ def flush(path):
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def load_model(folder, device="cpu", dtype=torch.float32, rope_scaling="", quantize="none"):
+def load_model(folder, device="cpu", dtype=torch.float32, rope_scaling="", quantize="none", adapter=""):
     """Read a Hugging Face folder -> (CausalLM in eval mode, Tokenizer). UserError says what is wrong, and where.
 
     rope_scaling "yarn:4" or "linear:4" reads a context 4 times as long as trained (`ModelConfig.stretched`).
     quantize "int8", "int4" or "nf4" packs the weights of the blocks (model/quantize.py), from what the files hold.
+    adapter: folders of adapters, by commas, to attach under their names; the first is in use (model/adapters/).
     """
     model = load_causal_lm(folder, device, dtype, rope_scaling, quantize)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)
+    if adapter:
+        from model.adapters.folder import load_adapters  # here: that module imports this one
+        load_adapters(model, adapter)
     return model, tokenizer
 
 

@@ -4,6 +4,7 @@ reads   a checkpoint folder: one of ours (out/full_sft), or any Llama / Mistral 
 writes  nothing
 run     python scripts/chat.py                                         the result of train_full_sft.py
         python scripts/chat.py --model out/pretrain --raw              continue text with a model that cannot chat yet
+        python scripts/chat.py --adapter out/lora                      … with what train_lora.py added
         python scripts/chat.py --prompts auto                          eight questions, no terminal needed
         python scripts/chat.py --prompts my_questions.txt --temperature 0
 
@@ -42,6 +43,8 @@ HINTS = {"weight": "--model FOLDER", "load_from": "--model FOLDER", "save_dir": 
 @dataclass
 class Config:
     model: str = arg(DEFAULT_MODEL, "checkpoint folder")
+    adapter: str = arg("", "adapter folder to use on it, as out/lora; several by commas, /adapter switches")
+    rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
     quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
                         choices=("none", "int8", "int4", "nf4"))
     prompts: str = arg("", "answer these and leave: auto (a built-in list), a text file with one a line, or .jsonl")
@@ -63,11 +66,13 @@ class Config:
 
 THINKING = {"auto": None, "on": True, "off": False}            # enable_thinking of the chat template
 SETTABLE = {name: type(value) for name, value in dataclasses.asdict(Config()).items()
-            if name not in ("model", "quantize", "prompts", "raw", "seed", "device", "dtype")}
+            if name not in ("model", "adapter", "rope_scaling", "quantize", "prompts", "raw", "seed", "device",
+                            "dtype")}
 HELP = f"""\
 /NAME VALUE   change a setting: {", ".join(SETTABLE)}
               (/temperature 0.7, /thinking on, /system You are a pirate., /system alone for none)
 /settings     show them
+/adapter NAME use another of the --adapter folders; none: the model itself
 /reset        forget the conversation
 /retry        answer the last message again
 /exit         leave (so does end of input); Ctrl-C stops an answer"""
@@ -149,6 +154,11 @@ class Chat:
                 raise UserError("/retry: there is no message to answer again yet")
             question, _ = self.exchanges.pop()
             self.answer([question])
+        elif name == "adapter":
+            from model.adapters.adapted import active_adapter, switch
+            if value.strip():
+                switch(self.model, None if value.strip() == "none" else value.strip())
+            show(f"adapter {active_adapter(self.model) or 'none'} of {', '.join(self.model.adapters) or 'none'}\n")
         elif name in SETTABLE:
             self.set(name, value.strip())
         else:
@@ -181,7 +191,7 @@ def load(cfg):
         raise UserError(f"--model {cfg.model}: there is no such folder; train one (python trainer/train_full_sft.py) "
                         "or name another")
     device = pick_device(cfg.device)
-    return load_model(folder, device, pick_dtype(cfg.dtype, device), quantize=cfg.quantize)
+    return load_model(folder, device, pick_dtype(cfg.dtype, device), cfg.rope_scaling, cfg.quantize, cfg.adapter)
 
 
 def check(cfg):

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import concurrent.futures
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -52,10 +53,81 @@ class Run:
 # What a judge writes to --out is kept, as far as it is a number or an interval.
 JUDGES = {
     "skills": "eval/skills.py",
+    "persona": "eval/skills.py --data builtin:persona_test",
+    "reward": "eval/reward_model.py",
+    "thinking": "eval/skills.py --data builtin:reason_test --thinking on",
+    "at once": "eval/skills.py --data builtin:reason_test --thinking off",
 }
 
-GROUPS = {}
-COLUMNS = {}      # group -> {title of a column: (path to the figure in a run's record, format)}
+QUIET = " --eval_every 0 --sample_every 0"       # only the final evaluation counts here
+THREE = (42, 43, 44)
+TEACHER = RUNS.relative_to(ROOT) / "distillation"
+DISTIL = f"trainer/train_distillation.py --teacher {TEACHER}/teacher-seed42 --size nano --optimizer muon" \
+         f" --schedule wsd --lr 3e-3 --compile off{QUIET} --data builtin:pretrain"
+LITTLE = "_little --val_fraction 0.84"            # 200 documents to learn from, again and again
+CHAT = f"trainer/train_distillation.py --teacher {TEACHER}/teacher_chat-seed42 --model out/pretrain --optimizer muon" \
+       f" --schedule wsd --lr 1e-3 --compile off{QUIET} --max_steps 300"
+
+NEW = " --data builtin:persona:0.5,builtin:sft:0.5 --max_steps 300 --compile off" + QUIET     # and what it knew
+PERSONA = ("persona", "skills")
+REWARD = "trainer/train_reward.py --optimizer muon --compile off" + QUIET
+REASON = "trainer/train_reason.py --max_steps 1000 --compile off" + QUIET
+PAIRS = f"{REWARD} --lr 1e-3 --data builtin:preferences_more"
+
+GROUPS = {
+    "lora": [
+        Run("before", "", PERSONA),
+        Run("full fine-tuning", f"trainer/train_full_sft.py --model out/full_sft{NEW}", PERSONA, THREE),
+        Run("full, a third of the rate", f"trainer/train_full_sft.py --model out/full_sft --lr 3e-4{NEW}", PERSONA),
+        Run("LoRA of MLPs", f"trainer/train_lora.py --lora_targets up_proj,down_proj{NEW}", PERSONA, THREE),
+        Run("LoRA of attention", f"trainer/train_lora.py --lora_targets q_proj,k_proj,v_proj,o_proj{NEW}", PERSONA),
+        Run("LoRA of all", f"trainer/train_lora.py{NEW}", PERSONA),
+        *(Run(label, f"trainer/train_lora.py --method {method}{NEW}", PERSONA) for method, label in
+          {"rslora": "rsLoRA", "dora": "DoRA", "lora+": "LoRA+", "pissa": "PiSSA", "adalora": "AdaLoRA",
+           "ia3": "(IA)³", "bottleneck --lora_rank 16": "bottleneck, 16", "prefix --lora_rank 16": "prefix, 16",
+           "prompt --lora_rank 32": "prompt, 32"}.items()),
+    ],
+    "reward": [
+        Run("reward model", PAIRS, ("reward",), THREE),
+        Run("control: labels by lot", f"{PAIRS} --shuffle_labels", ("reward",), THREE),
+        Run("yes/no evaluator", f"{REWARD} --head yesno --lr 2e-3 --schedule wsd", ("reward",)),
+    ],
+    "reason": [
+        Run("before", "", ("thinking", "at once", "skills")),
+        Run("thinking", REASON, ("thinking", "at once", "skills"), THREE),
+        Run("control: answers at once", f"{REASON} --data builtin:traces_direct:0.5,builtin:sft:0.5",
+            ("at once", "skills")),
+    ],
+    "distillation": [
+        Run("teacher", f"trainer/train_pretrain.py --size 6x256 --tokenizer out/pretrain --max_steps 1825{QUIET}", ()),
+        Run("hard labels", f"{DISTIL} --max_steps 300 --alpha 1", (), THREE),
+        Run("taught", f"{DISTIL} --max_steps 300 --alpha 0", (), THREE),
+        Run("hard labels, 200 documents", f"{DISTIL}{LITTLE} --max_steps 150 --alpha 1", (), THREE),
+        Run("taught, 200 documents", f"{DISTIL}{LITTLE} --max_steps 150 --alpha 0", (), THREE),
+        Run("teacher chat", f"trainer/train_full_sft.py --model {TEACHER}/teacher-seed42 --max_steps 800{QUIET}"),
+        Run("chat, hard labels", f"{CHAT} --alpha 1"),
+        Run("chat, forward KL", f"{CHAT} --alpha 0"),
+        Run("chat, forward KL, on policy", f"{CHAT} --alpha 0 --on_policy 0.5"),
+        Run("chat, reverse KL", f"{CHAT} --alpha 0 --divergence reverse"),
+        Run("chat, JSD, on policy", f"{CHAT} --alpha 0 --divergence jsd --on_policy 0.5"),
+    ],
+}
+
+# group -> {title of a column: (path to the figure in a run's record, format)}
+COLUMNS = {
+    "lora": {"trained parameters": ("trained_parameters", ",d"), "minutes": ("minutes", ".1f"),
+             "GB": ("memory_gb", ".2f"), "the captain's questions": ("persona.mean", ".1%"),
+             "skills from before": ("skills.mean", ".1%")},
+    "reward": {"minutes": ("minutes", ".1f"), "right of the held-out pairs": ("reward.accuracy", ".1%"),
+               "of equally long ones": ("reward.accuracy_matched", ".1%"),
+               "the longer one is better": ("reward.longer_wins", ".1%"),
+               "correlation with length": ("reward.length_correlation", ".2f"), "ECE": ("reward.ece", ".3f")},
+    "reason": {"minutes": ("minutes", ".1f"), "hard sums, thinking": ("thinking.mean", ".1%"),
+               "tokens": ("thinking.mean_tokens", ".1f"), "hard sums, at once": ("at once.mean", ".1%"),
+               "their tokens": ("at once.mean_tokens", ".1f"), "skills from before": ("skills.mean", ".1%")},
+    "distillation": {"tokens": ("tokens", ",.0f"), "minutes": ("minutes", ".1f"),
+                     "bits per byte, held out": ("held_out.bits_per_byte", ".3f"), "skills": ("skills.mean", ".1%")},
+}
 
 
 # --------------------------------------------------------------------------------------------------- running
@@ -73,7 +145,7 @@ def python(command, *flags, threads):
 
 def do(group, one, seed, threads):
     """Train and judge one seed of a run, as far as it is not done; its record."""
-    folder = RUNS / group / f"{one.name}-seed{seed}"
+    folder = RUNS / group / f"{slug(one.name)}-seed{seed}"
     record = {"run": one.name, "seed": seed, "command": one.train}
     place = ("--model", one.base)
     if one.train:
@@ -86,12 +158,17 @@ def do(group, one, seed, threads):
         adapted = (folder / "adapter_config.json").exists()
         place = ("--model", one.base, "--adapter", folder) if adapted else ("--model", folder)
     for judge in one.judges:
-        scores = folder / f"{judge}.json"
+        scores = folder / f"{slug(judge)}.json"
         folder.mkdir(parents=True, exist_ok=True)
         if not scores.exists():
             python(JUDGES[judge], *place, "--out", scores, threads=threads)
         record[judge] = numbers(json.loads(scores.read_text(encoding="utf-8")))
     return record
+
+
+def slug(name):
+    """A run's name as part of a path."""
+    return re.sub(r"[^\w+]+", "_", name)
 
 
 def numbers(figures):
@@ -114,7 +191,6 @@ def run_group(group, only, jobs):
     """All runs of a group whose name holds `only`; their records are merged into the group's JSON as they come."""
     path = RESULTS / f"{group}.json"
     threads = max((os.cpu_count() or 1) // jobs, 1)
-    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     todo = [(one, seed) for one in GROUPS[group] for seed in one.seeds if only in f"{one.name}-seed{seed}"]
     order = {(one.name, seed): place for place, (one, seed) in
              enumerate((one, seed) for one in GROUPS[group] for seed in one.seeds)}
@@ -122,6 +198,7 @@ def run_group(group, only, jobs):
         for done in concurrent.futures.as_completed([pool.submit(do, group, *which, threads) for which in todo]):
             record = done.result()
             key = record["run"], record["seed"]
+            records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
             records = [old for old in records if (old["run"], old["seed"]) in order
                        and (old["run"], old["seed"]) != key] + [record]
             records.sort(key=lambda record: order[record["run"], record["seed"]])

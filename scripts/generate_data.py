@@ -134,7 +134,7 @@ def answers_of_model(cfg, wanted):
         prompts = []
         for task in some:
             ids, _ = tokenizer.render(task.record["messages"], task.record["tools"], add_generation_prompt=True,
-                                      enable_thinking=cfg.thinking)
+                                      enable_thinking=cfg.thinking or None)      # False would write an empty thought
             prompts.append(ids)
         fits = [len(ids) < model.config.max_position_embeddings for ids in prompts]
         yield from ((task, Reply({}, problem="prompt too long"))

@@ -20,7 +20,8 @@ from model.tokenizer import Tokenizer
 SIZES = {"pretrain": 3000, "pretrain_little": 20, "sft": 3000, "prompts": 60, "skills_val": 20, "skills_test": 40,
          "traces": 300, "traces_direct": 200, "reason_val": 20, "reason_test": 40,
          "persona": 200, "persona_val": 20, "persona_test": 40,
-         "judgements": 100, "judgements_test": 100}
+         "judgements": 100, "judgements_test": 100, "preferences": 60, "preferences_more": 60,
+         "preferences_val": 40, "preferences_test": 40}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def test_every_kind_is_tested_and_read_by_the_datasets(files):
     assert set(SIZES) == set(generate.KINDS)
     shapes = {"pretrain": "text", "pretrain_little": "text", "sft": "messages", "persona": "messages",
               "traces": "messages", "traces_direct": "messages", "judgements": "messages",
-              "judgements_test": "messages"}
+              "judgements_test": "messages", "preferences": "chosen", "preferences_more": "chosen",
+              "preferences_val": "chosen", "preferences_test": "chosen"}
     for kind, path in files.items():
         records = list(jsonl.records(path))
         assert len(records) >= SIZES[kind]

@@ -1,5 +1,6 @@
 """DPO and its relatives: the formulas against closed forms and TRL, and the script as a whole."""
 
+import contextlib
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
 from tests.ranks_worker import run_job
 from tests.test_ranks import far, together
-from trainer import losses, reference, runtime, train_dpo
+from trainer import losses, preferences, reference, runtime, train_dpo
 from trainer.losses import dpo_loss, ipo_loss, kl_baseline, kto_loss, orpo_loss, simpo_loss
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "trl025.json").read_text(encoding="utf-8"))
@@ -184,7 +185,8 @@ def test_the_two_sides_have_the_same_prompt_whose_tokens_do_not_count(tmp_path, 
 
 def settings(**changes):
     return SimpleNamespace(**{"loss": "dpo", "beta": 0.1, "gamma": 1.0, "label_smoothing": 0.0, "nll": 0.0,
-                              "weight_desirable": 1.0, "weight_undesirable": 1.0, "shuffle_labels": False, **changes})
+                              "weight_desirable": 1.0, "weight_undesirable": 1.0, "shuffle_labels": False, "seed": 0,
+                              **changes})
 
 
 def loss_of(model, data, cfg, rows=None, z0=0.0):
@@ -205,12 +207,15 @@ def test_every_objective_by_hand_and_no_gradient_on_prompts(name, tmp_path, toke
         sums, lengths, _ = reference.answer_logprobs(model, collate([row]))
         for k in range(int(row["pairs"].sum())):
             (c, r), (n_c, n_r) = sums[0, 2 * k:2 * k + 2], lengths[0, 2 * k:2 * k + 2]
-            total += {"dpo": lambda: dpo_loss(c, r, 0.1), "dpo_norm": lambda: dpo_loss(c / n_c, r / n_r, 5.0),
-                      "ipo": lambda: ipo_loss(c / n_c, r / n_r, 0.1),
-                      "simpo": lambda: simpo_loss(c / n_c, r / n_r, 2.0, 1.0),
-                      "orpo": lambda: orpo_loss(c / n_c, r / n_r, 0.1),
-                      "kto": lambda: kto_loss(c, torch.tensor(float(row["desirable"][k])), 0.3, 0.1)}[name]()
-            total -= 0.5 * c / n_c * (row["desirable"][k] if name == "kto" else 1)
+            good = torch.tensor(float(row["desirable"][k])) if name == "kto" else None
+            total += {"dpo": lambda c, r, m, s, _: dpo_loss(c, r, 0.1),
+                      "dpo_norm": lambda c, r, m, s, _: dpo_loss(m, s, 5.0),
+                      "ipo": lambda c, r, m, s, _: ipo_loss(m, s, 0.1),
+                      "simpo": lambda c, r, m, s, _: simpo_loss(m, s, 2.0, 1.0),
+                      "orpo": lambda c, r, m, s, _: orpo_loss(m, s, 0.1),
+                      "kto": lambda c, r, m, s, good: kto_loss(c, good, 0.3, 0.1)}[name](c, r, c / n_c, r / n_r, good)
+            if name != "orpo":                               # which has it built in
+                total -= 0.5 * c / n_c * (row["desirable"][k] if name == "kto" else 1)
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
     assert parts["loss"].isfinite() and parts["train_accuracy"] <= sum(row["pairs"].sum() for row in data)
 
@@ -239,6 +244,19 @@ def test_objectives_without_reference_do_not_see_one(name, tmp_path, tokenizer, 
     other, _ = loss_of(model, data, cfg, [{**row, "ref": -7 * torch.rand(2 * len(row["pairs"])).numpy()}
                                           for row in rows])
     assert torch.equal(plain, other)
+
+
+def test_the_baseline_is_the_log_ratio_of_mismatched_answers(tmp_path, tokenizer, model):
+    """Over all micro-batches, never below 0, and with no gradient."""
+    data = UnpairedDataset(str(write_pairs(tmp_path / "p.jsonl", 9)), tokenizer, 256)
+    run = SimpleNamespace(autocast=contextlib.nullcontext, sum_over_ranks=lambda number: number)
+    for real, strange, wanted in ((-1.0, 2.0, 2.0), (3.0, -2.0, 0.0)):
+        micro_batches = [collate([row]) for row in data]
+        for batch in micro_batches:
+            sums, _, _ = reference.answer_logprobs(model, batch)
+            batch["ref"] = sums.detach() - torch.tensor([real, strange]).repeat(data.most_pairs)
+        z0 = preferences.step_baseline(model, micro_batches, 18, run)
+        assert isinstance(z0, float) and z0 == pytest.approx(wanted, abs=1e-4)
 
 
 def test_shuffled_labels_are_half_right(tmp_path, tokenizer, model):
@@ -369,12 +387,12 @@ def test_micro_batches_change_nothing(name, place, tmp_path):
 def test_two_ranks_equal_one(place):
     """Five rows leave the second rank one short, and it takes one that counts nothing."""
     def job(name, **changes):
-        flags = {**TINY, "dtype": "float64", "micro_batch_size": 2, "model": str(place / "base"), "max_steps": 3,
+        flags = {**TINY, "dtype": "float64", "micro_batch_size": 2, "model": str(place / "base"), "max_steps": 2,
                  "data": str(place / "pairs.jsonl"), "out": str(place / name), **changes}
         return {"name": name, "script": "train_dpo", "flags": flags}
 
-    kinds = {"dpo": dict(nll=0.5), "kto": dict(loss="kto"), "sharded": dict(nll=0.5, parallel="fsdp"),
-             "mixture": dict(model=str(place / "moe"))}
+    kinds = {"mixture": dict(nll=0.5, model=str(place / "moe")), "kto": dict(loss="kto"),
+             "kto, sharded": dict(loss="kto", parallel="fsdp")}
     save_model(place / "moe", tiny_model(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
                                          router="softmax", aux_loss_coef=0.01), Tokenizer.load("nano"))
     with pytest.MonkeyPatch.context() as patch:

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from model.config import named_size
+from model.errors import UserError
 from model.transformer import CausalLM
+from trainer.config import TrainConfig
 from trainer.optim import Muon, build_optimizers, cut, keep_in_main_memory, lr_at, optimizer_step, orthogonalize
+from trainer.preflight import check_flags
 
 CFG = SimpleNamespace(optimizer="muon", lr=1e-2, weight_decay=0.1, warmup_steps=10, schedule="wsd",
                       optimizer_state="device")
@@ -112,7 +115,9 @@ def test_moments_that_travel_give_the_same_bits_also_when_a_run_continues(monkey
     def step(params, optimizer, number):
         for p in params:
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
-        optimizer.step()
+        with monkeypatch.context() as travel:
+            travel.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self.clone())
+            optimizer.step()
 
     plain, optimizer = start()
     for number in range(6):
@@ -120,13 +125,15 @@ def test_moments_that_travel_give_the_same_bits_also_when_a_run_continues(monkey
 
     travelling, first = start()
     keep_in_main_memory(first)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self.clone())
     for number in range(3):
         step(travelling, first, number)
     homes = {name: moment.data_ptr() for name, moment in first.state[travelling[0]].items()}
     _, second = start()
     keep_in_main_memory(second)
     second.load_state_dict(first.state_dict())
+    places = [{moment.data_ptr() for moments in optimizer.state.values() for moment in moments.values()}
+              for optimizer in (first, second)]
+    assert not places[0] & places[1]                                     # what is loaded moves to main memory at once
     second.param_groups[0]["params"] = travelling
     second.state = {p: moments for p, moments in zip(travelling, second.state.values(), strict=True)}
     for number in range(3, 6):
@@ -135,6 +142,15 @@ def test_moments_that_travel_give_the_same_bits_also_when_a_run_continues(monkey
     assert not first.in_main_memory and not second.in_main_memory
     step(travelling, first, 6)
     assert homes == {name: moment.data_ptr() for name, moment in first.state[travelling[0]].items()}    # one place
+
+
+def test_without_a_gpu_and_with_sharded_moments_there_is_nothing_to_move():
+    model = CausalLM(named_size("1x32", 64))
+    optimizers = build_optimizers(model, SimpleNamespace(**{**vars(CFG), "optimizer_state": "cpu"}))
+    assert len(optimizers) == 2 and not any(hasattr(optimizer, "in_main_memory") for optimizer in optimizers)
+    with pytest.raises(UserError, match="--optimizer_state cpu: --parallel fsdp"):
+        check_flags(TrainConfig(optimizer_state="cpu", parallel="fsdp"), world_size=2)
+    check_flags(TrainConfig(optimizer_state="cpu", parallel="fsdp"), world_size=1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="moves between a GPU and main memory: needs a GPU")

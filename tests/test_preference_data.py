@@ -94,7 +94,7 @@ def test_messages_strings_and_repeated_prompts_are_one_record(tmp_path, tokenize
 
 
 def test_the_loss_begins_where_the_sides_part(tmp_path, tokenizer):
-    """Shared turns of the assistant are prompt; what follows a turn in which they differ is answer, but not the user's."""
+    """Shared turns of the assistant are prompt; from where they differ on, the assistant's turns are answer."""
     chosen, rejected = turns("a", "same", "b", "one", "c", "two"), turns("a", "same", "b", "three", "d", "four")
     data = PreferenceDataset(str(write(tmp_path / "p.jsonl", [{"chosen": chosen, "rejected": rejected}])), tokenizer,
                              256)

@@ -159,10 +159,11 @@ def test_a_head_of_zeros_starts_at_ln_2(place):
 
 def test_the_coins_of_the_control_are_fair_and_fixed():
     rows = torch.arange(2000)
-    tossed = train_reward.coins(rows, 8)
-    assert torch.equal(tossed, train_reward.coins(rows, 8))
-    assert torch.equal(tossed[7:9], train_reward.coins(rows[7:9], 8))
+    tossed = train_reward.coins(rows, 8, 42)
+    assert torch.equal(tossed, train_reward.coins(rows, 8, 42))
+    assert torch.equal(tossed[7:9], train_reward.coins(rows[7:9], 8, 42))
     assert abs(tossed.float().mean() - 0.5) < 0.02 and (abs(tossed.float().mean(0) - 0.5) < 0.05).all()
+    assert abs((train_reward.coins(rows, 8, 43) == tossed).float().mean() - 0.5) < 0.02
     neighbours = (tossed[:, 1:] == tossed[:, :-1]).float().mean()
     assert abs(neighbours - 0.5) < 0.02 and abs((tossed[1:] == tossed[:-1]).float().mean() - 0.5) < 0.02
 

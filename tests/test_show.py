@@ -215,7 +215,15 @@ def test_mixtures_show_the_source_of_each_row(chats, tmp_path):
     assert any("chats.jsonl:" in line for line in places) and any("b.jsonl:" in line for line in places)
 
 
-def test_every_stage_has_its_data(tmp_path, capsys):
+def test_the_example_of_the_chapter_is_true(tmp_path, monkeypatch):
+    write(tmp_path / "chats.jsonl", chat("How many legs has a cat?", "Four."))
+    monkeypatch.chdir(tmp_path)
+    shown = "\n".join(lines_of(SFTDataset("chats.jsonl", TOKENIZER, 64)))
+    chapter = (ROOT / "dataset" / "README.md").read_text(encoding="utf-8")
+    assert "".join(f"    {line}\n" for line in shown.splitlines() if line) in chapter
+
+
+def test_every_stage_has_its_data():
     """The class and the built-in data of each --stage exist."""
     from dataset.builtin.generate import KINDS
     for stage, (kind, builtin) in show.STAGES.items():

@@ -375,6 +375,10 @@ def test_we_load_the_folder_of_peft(method, tmp_path):
     load_adapter(ours, tmp_path / "theirs")
     ids = torch.stack(texts_of(11, 11))
     torch.testing.assert_close(ours(ids).logits, peft_logits(theirs, ids, method), **CLOSE)
+    expected = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)
+    got = generate(ours, ids.tolist(), SamplingParams(max_new_tokens=8, temperature=0.0))
+    assert [completion.ids for completion, in got] == expected[:, -8:].tolist()
 
 
 def test_a_folder_for_another_model_is_refused(method, tmp_path):

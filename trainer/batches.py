@@ -98,9 +98,10 @@ def batches(data, cfg, run, start):
         run.end_of_step(step)
 
 
-def coins(rows, count):
+def coins(rows, count, seed=0):
     """A fixed fair coin for each of the first `count` pairs of rows (B,): bool (B, count)."""
-    number = rows[:, None] * 65_536 + torch.arange(count, device=rows.device)                  # (B, count)
+    first = (rows[:, None] + seed % 65_536 * 1_000_003) * 65_536                               # (B, 1)
+    number = first + torch.arange(count, device=rows.device)                                   # (B, count)
     for _ in range(3):                                                                         # scrambled
         number = (number >> 16 ^ number) * 0x45D9F3B % 2**32
     return (number >> 16) % 2 == 1

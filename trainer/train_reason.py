@@ -37,7 +37,7 @@ class Config(FineTuneConfig):
     optimizer: str = arg("muon", "muon (matrices by Muon, the rest by AdamW) or adamw", choices=("muon", "adamw"))
     schedule: str = arg("wsd", "after warm-up: wsd (flat, then down), cosine or constant",
                         choices=("wsd", "cosine", "constant"))
-    lr: float = arg(1e-3, "peak learning rate")
+    lr: float = arg(7e-4, "peak learning rate")
     tag_weight: float = arg(2.0, "weight of the tags in the loss; 2 to 5 where a model forgets to close its thoughts")
     thought_weight: float = arg(1.0, "weight of what is thought")
     answer_weight: float = arg(1.0, "weight of what is answered")

@@ -69,7 +69,7 @@ def compute_loss(model, batch, cfg, aux_coef):
     ends = at_segment_ends(values, batch["segment_ids"], 2 * pairs.shape[1])                   # (B, 2P)
     chosen, rejected = ends[:, ::2], ends[:, 1::2]                                             # (B, P)
     if cfg.shuffle_labels:
-        swap = coins(batch["rows"], pairs.shape[1])
+        swap = coins(batch["rows"], pairs.shape[1], cfg.seed)
         chosen, rejected = torch.where(swap, rejected, chosen), torch.where(swap, chosen, rejected)
     loss = bradley_terry_loss(chosen, rejected, cfg.margin) + cfg.centering * centering_loss(chosen, rejected)
     loss, right = (loss * pairs).sum(), ((chosen > rejected) * pairs).sum()

@@ -79,6 +79,7 @@ KINDS = {                                                       # kind: (its row
     "skills_val": (lambda rng, size: exercises(rng, size, "val"), 40),
     "skills_test": (lambda rng, size: exercises(rng, size, "test"), 100),
     "preferences": (preferences.pairs, 8000),
+    "preferences_more": (preferences.pairs, 20000),             # what a reward model wants
     "preferences_val": (lambda rng, size: preferences.pairs(rng, size, "val"), 400),
     "preferences_test": (lambda rng, size: preferences.pairs(rng, size, "test"), 600),
     "judgements": (lambda rng, size: judgements.judgements(rng, size, "train"), 14000),

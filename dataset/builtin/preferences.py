@@ -6,7 +6,7 @@ What is preferred is good manners: right, complete, and as polite as the request
     plain       an exercise asked without: the right answer and nothing else
     about       "Tell me about Mia.": three different facts, all true, where to find her first
     greeting    "Hello": greets back and offers help
-    skill       any other exercise: the right answer (only in training data, lest they be forgotten)
+    skill       exercises of every difficulty: the right answer (only in training data, lest they be forgotten)
 
 A fine-tuned model has all of this in it, but does it only sometimes (half of its greetings offer help) or hardly ever
 (it never learnt that "please" is answered): its preferences are to be trained, not its knowledge. The rejected answers
@@ -21,7 +21,7 @@ from dataset.builtin.skills import SKILLS, draw
 from dataset.builtin.stories import SMALL_TALK
 from dataset.builtin.world import ANIMALS, FACT_OF, FACTS, PEOPLE, VALUES, split_of
 
-EXERCISES = ("fact", "fact", "copy", "reverse", "upper_case", "first_last", "compare")       # at level 1, the easiest
+EXERCISES = ("fact", "fact", "fact", "first_last", "compare", "copy", "reverse")      # at level 1: only manners are new
 PLEASE = ("Could you please help me? {}", "Please help me. {}", "I have a question, please. {}")
 COURTESY = " You are welcome!"
 OFFER = "Hello! How can I help you?"
@@ -56,22 +56,30 @@ def preferred(request, text, answer):
 # --- pairs, by kind of request: (question, chosen, rejected, the answer that `preferred` wants)
 
 
+def exercise(rng, split):
+    """An easy exercise; of the facts one that fine-tuning asked for: to be polite about it is what is held out."""
+    name = rng.choice(EXERCISES)
+    while True:
+        item = draw(rng, name, "train" if name == "fact" else split, level=1)
+        if name != "fact" or split_of(f"preference:{item.key}") == split:
+            return item
+
+
 def polite(rng, split):
-    item = draw(rng, rng.choice(EXERCISES), split, level=1)
+    item = exercise(rng, split)
     impatient = courteous(item.reply).removesuffix(COURTESY) + " " + rng.choice(RUDE)
     rejected, = rng.choices((item.reply, courteous(wrong(rng, item)), impatient, rng.choice(RUDE)), (5, 3, 1, 1))
     return rng.choice(PLEASE).format(item.question), courteous(item.reply), rejected, item.reply
 
 
 def plain(rng, split):
-    item = draw(rng, rng.choice(EXERCISES), split, level=1)
+    item = exercise(rng, split)
     rejected, = rng.choices((courteous(item.reply), wrong(rng, item), rng.choice(RUDE)), (5, 4, 1))
     return item.question, item.reply, rejected, item.reply
 
 
 def skill(rng, split):
-    name = rng.choice([skill.name for skill in SKILLS.values() if skill.checker != "tool_call"])
-    item = draw(rng, name, split)
+    item = draw(rng, rng.choice([name for name in SKILLS if name not in ("calculator", "fact")]), split)
     return item.question, item.reply, wrong(rng, item), item.reply
 
 
@@ -119,8 +127,8 @@ def false_statement(rng, fact):
     return fact.relation.told[0].format(s=fact.subject, v=rng.choice(others))
 
 
-MANNERS = {polite: 6, plain: 4, about: 5, greeting: 2}            # and how often each comes
-TRAINING = {**MANNERS, skill: 6}
+MANNERS = {polite: 6, plain: 4, about: 2, greeting: 3}            # and how often each comes
+TRAINING = {polite: 6, plain: 3, about: 4, greeting: 2, skill: 8}
 
 
 def pairs(rng, size, split="train"):

@@ -67,7 +67,8 @@ def before_step(model, scaler=None):
 
     R does not depend on the data, so its gradient is added once for the step, in closed form, on every rank alike:
     d‖Q Q^T - I‖_F / dQ = 2 (Q Q^T - I) Q / ‖Q Q^T - I‖_F, and the same with P^T for Q. R is a mean over all factors.
-    scaler: the GradScaler of float16. Importances of a step that is not finite are not noted. Nothing for other methods.
+    scaler: the GradScaler of float16. Importances of a step that is not finite are not noted. Other methods have none
+    of it.
     """
     layers, grad_scale = layers_of(model), 1.0 if scaler is None else scaler.get_scale()
     for layer in layers:

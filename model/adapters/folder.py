@@ -171,6 +171,16 @@ def load_adapter(model, folder, name="default"):
     return config
 
 
+def load_adapters(model, folders):
+    """`load_adapter` for each of several folders, by commas. Each gets the last part of its path as its name; the first
+    is the active one (`switch` takes another)."""
+    names = []
+    for folder in folders.split(","):
+        names.append(Path(folder).resolve().name.replace(".", "_"))
+        load_adapter(model, folder, names[-1])
+    switch(model, names[0])
+
+
 def read_adapter_config(folder):
     """folder/adapter_config.json as a dict; a clear line for each way in which a folder is no adapter."""
     if not folder.is_dir():

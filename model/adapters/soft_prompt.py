@@ -141,7 +141,7 @@ def keys_values_of(decoder, embeddings):
     for block in decoder.layers:
         x, _ = block(x, cos, sin, None, recorder, uncounted)
     # Nobody reads the last x. But a sharded block gathers its weights again when a gradient comes to what it returned.
-    return torch.stack(recorder.seen) + 0 * x.sum()
+    return torch.stack(recorder.seen) + 0 * x[0, 0, 0]
 
 
 def widened(mask, k, past, positions, window):
