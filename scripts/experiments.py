@@ -54,6 +54,7 @@ class Run:
 JUDGES = {
     "skills": "eval/skills.py",
     "persona": "eval/skills.py --data builtin:persona_test",
+    "manners": "eval/preferences.py",
     "reward": "eval/reward_model.py",
     "thinking": "eval/skills.py --data builtin:reason_test --thinking on",
     "at once": "eval/skills.py --data builtin:reason_test --thinking off",
@@ -69,7 +70,12 @@ CHAT = f"trainer/train_distillation.py --teacher {TEACHER}/teacher_chat-seed42 -
        f" --schedule wsd --lr 1e-3 --compile off{QUIET} --max_steps 300"
 
 NEW = " --data builtin:persona:0.5,builtin:sft:0.5 --max_steps 300 --compile off" + QUIET     # and what it knew
+LONGER = NEW.replace("0.5", "0.4", 1).replace("0.5", "0.6", 1).replace("300", "700")
+FULL = "trainer/train_full_sft.py --model out/full_sft"
+ATTENTION = "trainer/train_lora.py --lora_targets q_proj,k_proj,v_proj,o_proj"
 PERSONA = ("persona", "skills")
+DPO = "trainer/train_dpo.py --compile off" + QUIET
+MANNERS = ("manners", "skills")
 REWARD = "trainer/train_reward.py --optimizer muon --compile off" + QUIET
 REASON = "trainer/train_reason.py --max_steps 1000 --compile off" + QUIET
 PAIRS = f"{REWARD} --lr 1e-3 --data builtin:preferences_more"
@@ -77,15 +83,31 @@ PAIRS = f"{REWARD} --lr 1e-3 --data builtin:preferences_more"
 GROUPS = {
     "lora": [
         Run("before", "", PERSONA),
-        Run("full fine-tuning", f"trainer/train_full_sft.py --model out/full_sft{NEW}", PERSONA, THREE),
-        Run("full, a third of the rate", f"trainer/train_full_sft.py --model out/full_sft --lr 3e-4{NEW}", PERSONA),
-        Run("LoRA of MLPs", f"trainer/train_lora.py --lora_targets up_proj,down_proj{NEW}", PERSONA, THREE),
-        Run("LoRA of attention", f"trainer/train_lora.py --lora_targets q_proj,k_proj,v_proj,o_proj{NEW}", PERSONA),
+        Run("full fine-tuning, 700 steps", f"{FULL} --lr 3e-4{LONGER}", PERSONA, THREE),
+        Run("LoRA of attention, 700 steps", f"{ATTENTION} --lr 1e-2{LONGER}", PERSONA, THREE),
+        Run("full fine-tuning", f"{FULL}{NEW}", PERSONA),
+        Run("full, a third of the rate", f"{FULL} --lr 3e-4{NEW}", PERSONA),
         Run("LoRA of all", f"trainer/train_lora.py{NEW}", PERSONA),
+        Run("LoRA of all, rank 4", f"trainer/train_lora.py --lora_rank 4{NEW}", PERSONA),
+        Run("LoRA of attention", f"{ATTENTION}{NEW}", PERSONA),
+        Run("LoRA of MLPs", f"trainer/train_lora.py --lora_targets up_proj,down_proj{NEW}", PERSONA),
         *(Run(label, f"trainer/train_lora.py --method {method}{NEW}", PERSONA) for method, label in
           {"rslora": "rsLoRA", "dora": "DoRA", "lora+": "LoRA+", "pissa": "PiSSA", "adalora": "AdaLoRA",
            "ia3": "(IA)³", "bottleneck --lora_rank 16": "bottleneck, 16", "prefix --lora_rank 16": "prefix, 16",
            "prompt --lora_rank 32": "prompt, 32"}.items()),
+    ],
+    "dpo": [
+        Run("before", "", MANNERS),
+        Run("DPO", DPO, MANNERS, THREE),
+        Run("control: labels by lot", f"{DPO} --shuffle_labels", MANNERS),
+        Run("DPO without --nll", f"{DPO} --nll 0", MANNERS),
+        Run("control: labels by lot, without --nll", f"{DPO} --nll 0 --shuffle_labels", MANNERS),
+        Run("DPO per token", f"{DPO} --loss dpo_norm", MANNERS),
+        Run("IPO", f"{DPO} --loss ipo --beta 1", MANNERS),
+        Run("SimPO", f"{DPO} --loss simpo", MANNERS),
+        Run("KTO", f"{DPO} --loss kto --max_len 384", MANNERS),
+        Run("DPO by LoRA", f"{DPO} --lr 1e-3 --lora_rank 8", MANNERS),
+        Run("ORPO, from the base model", f"{DPO} --loss orpo --model out/pretrain --optimizer muon --lr 1e-3", MANNERS),
     ],
     "reward": [
         Run("reward model", PAIRS, ("reward",), THREE),
@@ -118,6 +140,9 @@ COLUMNS = {
     "lora": {"trained parameters": ("trained_parameters", ",d"), "minutes": ("minutes", ".1f"),
              "GB": ("memory_gb", ".2f"), "the captain's questions": ("persona.mean", ".1%"),
              "skills from before": ("skills.mean", ".1%")},
+    "dpo": {"minutes": ("minutes", ".1f"), "pairs told apart": ("held_out.accuracy", ".1%"),
+            "own answers preferred": ("manners.win_rate", ".1%"), "tokens": ("manners.tokens", ".1f"),
+            "skills from before": ("skills.mean", ".1%")},
     "reward": {"minutes": ("minutes", ".1f"), "right of the held-out pairs": ("reward.accuracy", ".1%"),
                "of equally long ones": ("reward.accuracy_matched", ".1%"),
                "the longer one is better": ("reward.longer_wins", ".1%"),

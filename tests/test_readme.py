@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.cli import parse_args
+from scripts import experiments
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "out"} & set(path.relative_to(ROOT).parts))
@@ -74,6 +75,15 @@ def test_the_tables_of_speed_are_those_of_a_committed_run(path):
     lines = [line for page in ("README.md", "scripts/README.md")
              for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
     for line in table(json.loads(path.read_text(encoding="utf-8"))):
+        assert line in lines, line
+
+
+@pytest.mark.parametrize("group", list(experiments.GROUPS))
+def test_the_tables_of_experiments_are_those_of_committed_runs(group):
+    lines = (ROOT / "trainer" / "README.md").read_text(encoding="utf-8").splitlines()
+    records = json.loads((ROOT / "trainer" / "results" / f"{group}.json").read_text(encoding="utf-8"))
+    assert {record["run"] for record in records} <= {one.name for one in experiments.GROUPS[group]}
+    for line in experiments.table(group, records):
         assert line in lines, line
 
 

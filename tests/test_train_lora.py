@@ -144,19 +144,23 @@ def test_adalora_keeps_as_many_directions_as_asked_for(place, tmp_path):
 
 
 def test_two_ranks_compute_what_one_does(place):
-    """Copied and cut up; a base that is frozen, a rank that is one row short, ragged micro-batches."""
-    def job(name, **changes):
-        flags = {**RANK_FLAGS, "out": str(place / name), "model": str(place / "base"),
+    """Copied and cut up; a base that is frozen, a rank that is one row short, ragged micro-batches; and continued."""
+    def job(name, run=None, die_at=None, **changes):
+        flags = {**RANK_FLAGS, "out": str(place / (run or name)), "model": str(place / "base"),
                  "data": str(place / "chats.jsonl"), **changes}
-        return {"name": name, "script": "train_lora", "flags": flags}
+        return {"name": name, "script": "train_lora", "flags": flags, "die_at": die_at}
 
     jobs = [job(f"{method} {how}", method=method, parallel=how)
             for method in ("lora+", "dora", "adalora", "pissa", "ia3") for how in ("ddp", "fsdp")]
+    jobs += [job("begun", run="continued", die_at=3, method="adalora", parallel="fsdp"),
+             job("continued", method="adalora", parallel="fsdp")]
     both = together(place, jobs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "CACHE", place / "cache")
         for method in ("lora+", "dora", "adalora", "pissa", "ia3"):
             one = run_job(place, **job(f"{method} one", method=method))
+            if method == "adalora":
+                assert torch.allclose(both["continued"][1]["weights"], one["weights"], atol=1e-10)
             for how in ("ddp", "fsdp"):
                 kept = both[f"{method} {how}"]
                 for rank in kept:
