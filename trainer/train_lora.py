@@ -30,7 +30,7 @@ from trainer.config import MINIMIND_FLAGS, FineTuneConfig, arg, parse_args
 @dataclass
 class Config(FineTuneConfig):
     method: str = arg("lora", "; ".join(f"{name}: {text}" for name, text in METHODS.items()), choices=tuple(METHODS))
-    data: str = arg("builtin:persona:0.7,builtin:sft:0.3", "jsonl, jsonl.gz, a folder or builtin; several by commas, "
+    data: str = arg("builtin:persona:0.5,builtin:sft:0.5", "jsonl, jsonl.gz, a folder or builtin; several by commas, "
                     "shares as a:0.9,b:0.1: some of what it knew before keeps a model from forgetting it")
     lora_rank: int = arg(8, "rank of the updates (or how many tokens, or how wide a bottleneck)")
     lora_dropout: float = arg(0.0, "share of a layer's inputs that its update does not see")
