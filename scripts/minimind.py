@@ -75,7 +75,7 @@ def main(cfg):
     stages = [train("pretrain", text, max_len, cfg.batch_size, out, cfg, "--size", cfg.size, "--tokenizer",
                     cfg.tokenizer)]
     stages += [train("full_sft", chats, max_len, cfg.batch_size, out, cfg, "--model", stages[-1])]
-    if pairs:                    # a row holds both answers, each with the prompt; a larger model than nano learns slower
+    if pairs:                           # a row holds both answers, each with its prompt; larger models learn slower
         few = max(cfg.batch_size // 16, 1)
         stages += [train("dpo", pairs, 4 * max_len, few, out, cfg, "--model", stages[-1], "--lr", 5e-5, "--epochs", 1)]
 

@@ -60,8 +60,9 @@ def test_stopped_in_the_middle_it_continues_and_reports_in_the_end(texts, chats,
     broken.write_text('{"conversations": []}\n' * 20, encoding="utf-8")
     chats.rename(chats.with_name("good.jsonl"))
     broken.rename(chats)
-    flags = ["--pretrain", texts.name, "--sft", chats.name, "--dpo", pairs.name, "--size", "2x64", "--tokenizer", "nano",
-             "--max_len", "64", "--batch_size", "4", "--max_steps", "4", "--max_new_tokens", "4", "--out", "run"]
+    flags = ["--pretrain", texts.name, "--sft", chats.name, "--dpo", pairs.name, "--size", "2x64",
+             "--tokenizer", "nano", "--max_len", "64", "--batch_size", "4", "--max_steps", "4", "--max_new_tokens", "4",
+             "--out", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "NO_VENV": "1",
                    "PYTHON": sys.executable, "PRICE_PER_HOUR": "0.36"}
     start = ["bash", str(ROOT / "scripts" / "minimind.sh")]
