@@ -168,7 +168,7 @@ def test_a_skipped_update_changes_nothing(optimizer):
     from model.transformer import CausalLM
     torch.manual_seed(0)
     model = CausalLM(config).train()
-    cfg = SimpleNamespace(optimizer=optimizer, lr=1e-2, weight_decay=0.1)
+    cfg = SimpleNamespace(optimizer=optimizer, lr=1e-2, weight_decay=0.1, optimizer_state="device")
     optimizers = build_optimizers(model, cfg)
 
     def step(spoiled):

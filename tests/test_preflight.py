@@ -18,7 +18,7 @@ from model.logprobs import token_logprobs
 from model.moe import routers
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
-from trainer import preflight, runtime, state, train_full_sft, train_pretrain
+from trainer import preflight, runtime, state, train_distillation, train_full_sft, train_pretrain
 from trainer.config import MINIMIND_FLAGS
 from trainer.optim import build_optimizers, lr_at
 
@@ -317,9 +317,10 @@ def test_flags_of_minimind_are_answered():
     ours = {field.name for field in dataclasses.fields(train_pretrain.Config)}
     for flag in typed.split():
         assert (flag in ours) != (flag in MINIMIND_FLAGS), flag
+    every = ours | {field.name for field in dataclasses.fields(train_distillation.Config)}
     for answer in MINIMIND_FLAGS.values():                               # and none names a flag of an earlier version
         named = re.findall(r"--(\w+)", answer)
-        assert set(named) <= ours | {"nproc_per_node", "max_new_tokens", "reward_model"}, answer
+        assert set(named) <= every | {"nproc_per_node", "reward_model"}, answer
 
 
 # ------------------------------------------------------------------------------------------------- free memory
