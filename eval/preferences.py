@@ -24,7 +24,10 @@ from model.errors import UserError, run
 @dataclass
 class Config:
     model: str = arg("out/full_sft", "checkpoint folder")
-    adapter: str = arg("", "adapter folder to put on it")
+    adapter: str = arg("", "adapter folder to use on it, as train_dpo.py --lora_rank leaves one")
+    rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
+    quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
+                        choices=("none", "int8", "int4", "nf4"))
     data: str = arg("builtin", "jsonl of preferences with request and answer, as the built-in ones")
     split: str = arg("test", "which held-out requests of the built-in world", choices=("test", "val"))
     temperature: float = arg(1.0, "1 = the model's own distribution; 0 = its likeliest answer")
@@ -96,10 +99,8 @@ def win_rate(model, tokenizer, items, temperature=1.0, max_new_tokens=64, batch_
 
 def main(cfg):
     device = devices.pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.model, device)
-    if cfg.adapter:
-        from model.adapters.folder import load_adapter
-        load_adapter(model, cfg.adapter)
+    model, tokenizer = load_model(cfg.model, device, rope_scaling=cfg.rope_scaling, quantize=cfg.quantize,
+                                  adapter=cfg.adapter)
     path, = find_files(resolve(cfg.data, f"preferences_{cfg.split}"))
     scores = win_rate(model, tokenizer, read_requests(path), cfg.temperature, cfg.max_new_tokens, cfg.batch_size,
                       cfg.seed)

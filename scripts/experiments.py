@@ -69,8 +69,8 @@ LITTLE = "_little --val_fraction 0.84"            # 200 documents to learn from,
 CHAT = f"trainer/train_distillation.py --teacher {TEACHER}/teacher_chat-seed42 --model out/pretrain --optimizer muon" \
        f" --schedule wsd --lr 1e-3 --compile off{QUIET} --max_steps 300"
 
-NEW = " --data builtin:persona:0.5,builtin:sft:0.5 --max_steps 300 --compile off" + QUIET     # and what it knew
-LONGER = NEW.replace("0.5", "0.4", 1).replace("0.5", "0.6", 1).replace("300", "700")
+NEW = f" --data builtin:persona:0.5,builtin:sft:0.5 --max_steps 300 --compile off{QUIET}"     # and what it knew
+LONGER = f" --data builtin:persona:0.4,builtin:sft:0.6 --max_steps 700 --compile off{QUIET}"
 FULL = "trainer/train_full_sft.py --model out/full_sft"
 ATTENTION = "trainer/train_lora.py --lora_targets q_proj,k_proj,v_proj,o_proj"
 PERSONA = ("persona", "skills")

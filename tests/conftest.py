@@ -2,11 +2,14 @@
 
 import json
 import random
+import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from dataset import jsonl
+from trainer import runtime
 
 torch.set_num_threads(1)
 
@@ -16,6 +19,28 @@ def empty_cache(tmp_path_factory, monkeypatch):
     """Tests neither read nor fill the user's cache of tokens and indexes, and each hears every warning anew."""
     jsonl.warn.cache_clear()
     monkeypatch.setattr(jsonl, "CACHE", tmp_path_factory.mktemp("cache"))
+
+
+class Killed(BaseException):
+    """Stands for the process dying at a place: nothing may catch it."""
+
+
+@contextmanager
+def killed_after(step):
+    """The training run inside dies after `step`, before that step's save."""
+    log = runtime.Run.log
+
+    def dies(self, now, *args):
+        log(self, now, *args)
+        if now == step:
+            raise Killed
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runtime.Run, "log", dies)
+        yield
+    for number, handler in handlers.items():                    # a new process would have them again
+        signal.signal(number, handler)
 
 
 WORDS = "the a red blue old young cat dog tree river man bird sees likes finds eats and then under over".split()

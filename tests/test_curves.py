@@ -10,6 +10,7 @@ import pytest
 
 from model.errors import UserError
 from scripts import quickstart
+from tests.conftest import Killed, killed_after
 from trainer import curves, runtime, state, train_full_sft, train_pretrain
 from trainer.optim import lr_at
 
@@ -25,31 +26,14 @@ def pretrain(documents, out, **changes):
     return train_pretrain.main(cfg)
 
 
-class Killed(BaseException):
-    """Stands for the process dying at a place: nothing may catch it."""
-
-
-def die_after(step, monkeypatch):
-    """The next run dies after `step`, before it saves."""
-    log = runtime.Run.log
-
-    def dying(self, now, *args):
-        log(self, now, *args)
-        if now == step:
-            raise Killed
-
-    monkeypatch.setattr(runtime.Run, "log", dying)
-
-
 # --------------------------------------------------------------------------------------------------- while it trains
 
 
 @pytest.mark.parametrize("step", [3, 6, 11])                                    # 3: before the first save
-def test_a_killed_run_leaves_the_metrics_of_an_uninterrupted_one(step, documents, tmp_path, monkeypatch):
+def test_a_killed_run_leaves_the_metrics_of_an_uninterrupted_one(step, documents, tmp_path):
     """Saved every 4 steps and logged every 3, so that a save falls into an open window of the log."""
     pretrain(documents, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        die_after(step, patch)
+    with killed_after(step):
         pretrain(documents, tmp_path / "cut")
     if step > 4:
         assert state.latest(tmp_path / "cut")[1]["windows"][0]["steps"] == step // 4 * 4 % 3

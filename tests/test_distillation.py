@@ -21,11 +21,11 @@ from model.distill import linear_distill, token_distances
 from model.errors import UserError
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
-from tests.conftest import write_chats
+from tests.conftest import killed_after, write_chats
 from tests.ranks_worker import run_job
 from tests.test_kernels import Largest
 from tests.test_ranks import far, together
-from trainer import on_policy, runtime, train_distillation
+from trainer import on_policy, train_distillation
 from trainer.losses import distillation_loss, forward_kl, generalized_jsd, reverse_kl
 
 NANO = Tokenizer.load("nano")
@@ -390,23 +390,11 @@ def test_text_teaches_a_new_student(teacher, documents, tmp_path):
     assert model.config.hidden_size == 32 and tokenizer.fingerprint == NANO.fingerprint
 
 
-class Killed(BaseException):
-    """Stands for the process dying at a place: nothing may catch it."""
-
-
 @pytest.mark.parametrize("share", [0.0, 0.6])
-def test_killed_run_continues_to_the_same_bits(share, teacher, student, chats, tmp_path, monkeypatch):
+def test_killed_run_continues_to_the_same_bits(share, teacher, student, chats, tmp_path):
     options = dict(model=str(student), on_policy=share, max_steps=7, save_every=2, log_every=3)
     distill(chats, teacher, tmp_path / "whole", **options)
-    log = runtime.Run.log
-
-    def die_after_step_5(self, step, *args):
-        log(self, step, *args)
-        if step == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", die_after_step_5)
+    with killed_after(5):
         distill(chats, teacher, tmp_path / "cut", **options)
     distill(chats, teacher, tmp_path / "cut", **options)
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "cut")

@@ -17,9 +17,10 @@ from model.config import ModelConfig
 from model.errors import UserError
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
+from tests.conftest import killed_after
 from tests.ranks_worker import run_job
 from tests.test_ranks import far, together
-from trainer import losses, preferences, reference, runtime, train_dpo
+from trainer import losses, preferences, reference, train_dpo
 from trainer.losses import dpo_loss, ipo_loss, kl_baseline, kto_loss, orpo_loss, simpo_loss
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "trl025.json").read_text(encoding="utf-8"))
@@ -323,21 +324,10 @@ def test_control_shuffled_labels_teach_nothing(place, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(loss="kto"), dict(lora_rank=4)])
-def test_a_killed_run_continues_exactly(changes, place, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    log = runtime.Run.log
-
-    def die_after_step_3(self, step, *args):
-        log(self, step, *args)
-        if step == 3:
-            raise Killed
-
+def test_a_killed_run_continues_exactly(changes, place, tmp_path):
     options = dict(max_steps=5, save_every=2, **changes)
     dpo(place, tmp_path / "whole", **options)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", die_after_step_3)
+    with killed_after(3):
         dpo(place, tmp_path / "cut", **options)
     dpo(place, tmp_path / "cut", **options)
     load = weights if not changes.get("lora_rank") else adapter_weights

@@ -13,7 +13,8 @@ from dataset.lm_dataset import Mixture, PretrainDataset, SFTDataset, load_rows
 from model.checkpoint import load_model
 from model.errors import UserError
 from model.tokenizer import Tokenizer
-from trainer import runtime, train_pretrain
+from tests.conftest import killed_after
+from trainer import train_pretrain
 from trainer.batches import row_stream, rows_of_step, share_of_rank
 
 
@@ -197,11 +198,7 @@ def test_conversations_mix_too(chats, tmp_path, tokenizer):
     assert data.report["repeats"] == {str(chats): 0.5, str(copy): 1.5}
 
 
-class Killed(BaseException):
-    """Stands for the process dying at a place: nothing may catch it."""
-
-
-def test_a_run_on_a_mixture_continues_exactly(tmp_path, monkeypatch):
+def test_a_run_on_a_mixture_continues_exactly(tmp_path):
     data = f"{write(tmp_path / 'a.jsonl', 'cat', 50)}:0.9,{write(tmp_path / 'b.jsonl', 'dog', 20)}:0.1"
 
     def train(out):
@@ -210,16 +207,7 @@ def test_a_run_on_a_mixture_continues_exactly(tmp_path, monkeypatch):
             eval_every=0, sample_every=0, save_every=2, device="cpu", log_every=1))
 
     train("whole")
-    log = runtime.Run.log
-
-    def die_after_step_3(self, step, *args, **options):
-        result = log(self, step, *args, **options)
-        if step == 3:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", die_after_step_3)
+    with killed_after(3):
         train("cut")
     train("cut")
     whole, cut = (load_model(tmp_path / out)[0].state_dict() for out in ("whole", "cut"))

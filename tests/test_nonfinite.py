@@ -19,6 +19,7 @@ from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.errors import UserError
 from model.tokenizer import Tokenizer
+from tests.conftest import killed_after
 from trainer import runtime, state, train_pretrain
 from trainer.optim import build_optimizers, optimizer_step
 from trainer.watch import IN_A_ROW, Watch, is_spike
@@ -205,15 +206,7 @@ def test_a_run_with_skipped_steps_continues_to_the_same_bits(documents, tmp_path
     spoil(monkeypatch, lambda call, batch: 7 in batch["rows"].tolist(), nan_loss)
     options = dict(on_nonfinite="skip", max_steps=9, save_every=2, log_every=3)
     whole = pretrain(documents, tmp_path / "whole", **options)
-    log = runtime.Run.log
-
-    def die(self, step, *args):
-        log(self, step, *args)
-        if step == 7:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runtime.Run, "log", die)
+    with killed_after(7):
         pretrain(documents, tmp_path / "cut", **options)
     rest = pretrain(documents, tmp_path / "cut", **options)
     assert whole["skipped_steps"] == rest["skipped_steps"] >= 1
@@ -239,27 +232,19 @@ def test_a_run_of_nothing_but_skipped_steps_ends(documents, tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------------------- float16
 
 
-def test_float16_learns_what_float32_learns_and_continues_exactly(documents, tmp_path, monkeypatch):
+def test_float16_learns_what_float32_learns_and_continues_exactly(documents, tmp_path):
     options = dict(dtype="float16", max_steps=8, save_every=3, lr=1e-2)
     half = pretrain(documents, tmp_path / "half", **options)
     full = pretrain(documents, tmp_path / "full", **{**options, "dtype": "float32"})
     assert half["held_out"]["loss"] == pytest.approx(full["held_out"]["loss"], abs=0.05)
     assert {value.dtype for value in weights(tmp_path / "half").values()} == {torch.float32}
-    log = runtime.Run.log
-
-    def die(self, step, *args):
-        log(self, step, *args)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runtime.Run, "log", die)
+    with killed_after(5):
         pretrain(documents, tmp_path / "cut", **options)
     pretrain(documents, tmp_path / "cut", **options)
     assert same(weights(tmp_path / "half"), weights(tmp_path / "cut"))
 
 
-def test_the_loss_is_scaled_and_the_gradient_is_not(documents, tmp_path, monkeypatch):
+def test_the_loss_is_scaled_and_the_gradient_is_not(documents, tmp_path):
     """Without a scale of 2^16 small gradients vanish in float16; the norm that is logged must not contain it."""
     norms = {}
     for dtype in ("float16", "float32"):
@@ -279,15 +264,7 @@ def test_a_scale_that_is_too_large_comes_down_and_is_remembered(documents, tmp_p
     assert 5 < summary["skipped_steps"] < 35
     assert 1 < state.latest(tmp_path / "run")[1]["scaler"]["scale"] < 2.0 ** 35
     assert summary["held_out"]["loss"] < metrics(tmp_path / "run")[0]["val_loss"]
-    log = runtime.Run.log
-
-    def die(self, step, *args):
-        log(self, step, *args)
-        if step == 13:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runtime.Run, "log", die)
+    with killed_after(13):
         pretrain(documents, tmp_path / "cut", max_steps=40, **options)
     rest = pretrain(documents, tmp_path / "cut", max_steps=40, **options)
     assert rest["skipped_steps"] == summary["skipped_steps"]

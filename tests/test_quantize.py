@@ -29,6 +29,7 @@ from model.moe import MoE, routers, update_router_bias
 from model.quantize import FORMATS, PackedWeight, QuantizedLinear, packed_weights, quantize_model
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM, count_parameters
+from tests.conftest import killed_after
 from tests.ranks_worker import run_job
 from tests.test_ranks import together
 from trainer import preflight, train_full_sft
@@ -418,25 +419,13 @@ def qlora(parent, chats, out, **changes):
     return train_full_sft.main(cfg)
 
 
-def test_training_continues_exactly_and_saves_no_packed_weight(chats, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
+def test_training_continues_exactly_and_saves_no_packed_weight(chats, tmp_path):
     save_model(tmp_path / "parent", born(), Tokenizer.load("nano"))
     whole = qlora(tmp_path / "parent", chats, tmp_path / "whole", max_steps=20)
     assert whole["held_out"]["loss"] < 6.7                       # from ln V = 6.93
 
-    plain, steps = train_full_sft.optimizer_step, iter(range(9))
-
-    def die(*args, **kwargs):
-        if next(steps) == 8:
-            raise Killed
-        return plain(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_full_sft, "optimizer_step", die)
-        with pytest.raises(Killed):
-            qlora(tmp_path / "parent", chats, tmp_path / "killed", max_steps=20, save_every=5)
+    with killed_after(9):
+        qlora(tmp_path / "parent", chats, tmp_path / "killed", max_steps=20, save_every=5)
     qlora(tmp_path / "parent", chats, tmp_path / "killed", max_steps=20, save_every=5)
     whole, killed = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "killed"))
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)

@@ -22,10 +22,10 @@ from model.generate import Completion
 from model.logprobs import token_logprobs
 from model.tokenizer import Tokenizer, lift_structure
 from model.transformer import CausalLM
-from tests.conftest import WORDS
+from tests.conftest import WORDS, killed_after
 from tests.ranks_worker import run_job
 from tests.test_ranks import together
-from trainer import runtime, train_full_sft, train_reason
+from trainer import train_full_sft, train_reason
 from trainer.losses import next_token_loss, weighted_next_token_loss
 
 NANO, BASE = Tokenizer.load("nano"), Tokenizer.load("base")
@@ -273,22 +273,10 @@ def test_weights_of_one_are_full_sft_bit_for_bit(parent, thoughts, tmp_path):
         assert torch.allclose(value, plain[name], atol=1e-6)
 
 
-class Killed(BaseException):
-    """Stands for the process dying at a place: nothing may catch it."""
-
-
-def test_a_killed_run_continues_to_the_same_bits(parent, thoughts, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_continues_to_the_same_bits(parent, thoughts, tmp_path, capsys):
     flags = dict(tag_weight=2.5, thought_weight=0.7)
     train(parent, thoughts, tmp_path / "whole", **flags)
-    log = runtime.Run.log
-
-    def die_after_step_5(self, step, *args):
-        log(self, step, *args)
-        if step == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", die_after_step_5)
+    with killed_after(5):
         train(parent, thoughts, tmp_path / "cut", **flags)
     train(parent, thoughts, tmp_path / "cut", **flags)
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))

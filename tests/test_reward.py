@@ -24,9 +24,10 @@ from model.errors import UserError
 from model.heads import ScalarModel, normalize
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
+from tests.conftest import killed_after
 from tests.ranks_worker import run_job
 from tests.test_ranks import far, together
-from trainer import curves, runtime, train_reward
+from trainer import curves, train_reward
 from trainer.losses import bradley_terry_loss, centering_loss
 
 TOKENIZER = Tokenizer.load("nano")
@@ -280,23 +281,11 @@ def test_control_shuffled_labels_teach_nothing(place, tmp_path):
     assert 0.3 < summary["held_out"]["accuracy"] < 0.7
 
 
-class Killed(BaseException):
-    """Stands for the process dying at a place: nothing may catch it."""
-
-
 @pytest.mark.parametrize("head", ["scalar", "yesno"])
-def test_a_killed_run_continues_to_the_same_bits(head, place, tmp_path, monkeypatch):
+def test_a_killed_run_continues_to_the_same_bits(head, place, tmp_path):
     options = dict(head=head, max_steps=6, save_every=2)
     train(place, tmp_path / "whole", **options)
-    log = runtime.Run.log
-
-    def die_after_step_3(self, step, *args):
-        log(self, step, *args)
-        if step == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", die_after_step_3)
+    with killed_after(3):
         train(place, tmp_path / "cut", **options)
     train(place, tmp_path / "cut", **options)
     load = load_reward_model if head == "scalar" else load_model

@@ -21,10 +21,10 @@ from model.kernels import attention, segment_blocks
 from model.logprobs import token_logprobs
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM, attention_mask_for
-from tests.conftest import write_chats
+from tests.conftest import killed_after, write_chats
 from tests.ranks_worker import run_job
 from tests.test_ranks import together
-from trainer import curves, runtime, train_lora
+from trainer import curves, train_lora
 
 V, K = 97, 5                       # tokens of the vocabulary, virtual tokens
 SHAPE = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -476,17 +476,8 @@ def test_a_killed_run_continues_to_the_same_bits(name, place, tmp_path, monkeypa
     monkeypatch.setattr(devices, "matmul_peak", lambda *_: 1e12)
     flags, base = SCRIPT[name], (place / "base" / "model.safetensors").read_bytes()
     summary = train(place, tmp_path / "whole", **flags)
-    log = runtime.Run.log
-
-    def die_after_step_5(self, step, *args):
-        log(self, step, *args)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runtime.Run, "log", die_after_step_5)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(5):
         train(place, tmp_path / "killed", **flags)
-    monkeypatch.setattr(runtime.Run, "log", log)
     train(place, tmp_path / "killed", **flags)
     killed, whole = saved(tmp_path / "killed"), saved(tmp_path / "whole")
     assert killed.keys() == whole.keys() and all(torch.equal(killed[key], whole[key]) for key in whole)

@@ -16,6 +16,7 @@ import torch
 
 from model.checkpoint import load_model
 from model.errors import UserError
+from tests.conftest import killed_after
 from trainer import curves, runtime, state, tracker, train_pretrain
 
 
@@ -27,25 +28,10 @@ def pretrain(documents, out, **changes):
     return train_pretrain.main(cfg)
 
 
-class Killed(BaseException):
-    """Stands for the process dying at a place: nothing may catch it."""
-
-
-def pretrain_killed_once(documents, out, monkeypatch, **changes):
+def pretrain_killed_once(documents, out, **changes):
     """The run dies after step 5, before anything of that step is saved, and is started again."""
-    log = runtime.Run.log
-
-    def dying(self, step, *args):
-        log(self, step, *args)
-        if step == 5:
-            raise Killed
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", dying)
+    with killed_after(5):
         pretrain(documents, out, **changes)
-    for number, handler in handlers.items():                    # a new process would have them again
-        signal.signal(number, handler)
     return pretrain(documents, out, **changes)
 
 
@@ -79,11 +65,11 @@ def stored(folder, pattern):
     return [path.read_bytes() for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)]
 
 
-def test_swanlab_offline_continues_its_run_after_a_kill(documents, tmp_path, monkeypatch, offline):
+def test_swanlab_offline_continues_its_run_after_a_kill(documents, tmp_path, offline):
     pytest.importorskip("swanlab")
     out = tmp_path / "run"
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    pretrain_killed_once(documents, out, monkeypatch, tracker="swanlab")
+    pretrain_killed_once(documents, out, tracker="swanlab")
     name = state.latest(out)[1]["tracker_id"]
     first, second = stored(out / "swanlog", f"run-*-{name}/run-{name}.swanlab")        # two parts, one id
     assert sum(1 for _ in (out / "swanlog").glob("run-*")) == 2
@@ -101,10 +87,10 @@ def test_swanlab_offline_continues_its_run_after_a_kill(documents, tmp_path, mon
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
-def test_wandb_offline_continues_its_run_after_a_kill(documents, tmp_path, monkeypatch, offline):
+def test_wandb_offline_continues_its_run_after_a_kill(documents, tmp_path, offline):
     pytest.importorskip("wandb")
     out = tmp_path / "run"
-    pretrain_killed_once(documents, out, monkeypatch, tracker="wandb")
+    pretrain_killed_once(documents, out, tracker="wandb")
     name = state.latest(out)[1]["tracker_id"]
     first, second = stored(out / "wandb", f"offline-run-*-{name}/run-{name}.wandb")
     for entry in curves.read(out):
@@ -167,7 +153,7 @@ def package(monkeypatch):
 def test_what_is_sent(documents, tmp_path, monkeypatch, package):
     wandb = package()
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    pretrain_killed_once(documents, tmp_path / "run", monkeypatch, tracker="wandb", tracker_project="oak")
+    pretrain_killed_once(documents, tmp_path / "run", tracker="wandb", tracker_project="oak")
     first, second = [details for what, details in wandb.calls if what == "init"]
     assert first["id"] == second["id"] == state.latest(tmp_path / "run")[1]["tracker_id"]
     assert first["project"] == "oak" and first["name"] == "run" and first["resume"] == "allow"

@@ -18,11 +18,11 @@ from model.adapters.adapted import holders
 from model.checkpoint import load_model
 from model.errors import UserError
 from scripts import chat, merge_lora
-from tests.conftest import write_chats, write_documents
+from tests.conftest import killed_after, write_chats, write_documents
 from tests.ranks_worker import run_job
 from tests.test_ranks import together
-from tests.test_training import TINY, Killed, pretrain
-from trainer import runtime, train_full_sft, train_lora
+from tests.test_training import TINY, pretrain
+from trainer import train_full_sft, train_lora
 
 RANK_FLAGS = dict(max_len=48, batch_size=7, micro_batch_size=2, log_every=3, eval_every=2, eval_rows=5, sample_every=3,
                   save_every=2, device="cpu", warmup_steps=2, max_steps=4, dtype="float64", lora_rank=3)
@@ -112,19 +112,11 @@ def test_a_quantized_base_trains(place, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["lora", "lora+", "dora", "pissa", "adalora"])
-def test_a_killed_run_continues_bit_for_bit(place, tmp_path, monkeypatch, method):
+def test_a_killed_run_continues_bit_for_bit(place, tmp_path, method):
     """Dropout draws random numbers, AdaLoRA remembers importances, PiSSA its start: all of it must come back."""
     options = dict(method=method, lora_dropout=0.2, max_steps=10, save_every=2)
     lora(place, tmp_path / "whole", **options)
-    log = runtime.Run.log
-
-    def die_after_step_5(self, step, *args):
-        log(self, step, *args)
-        if step == 5:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", die_after_step_5)
+    with killed_after(5):
         lora(place, tmp_path / "cut", **options)
     saved = load_file(next((tmp_path / "cut" / "resume").glob("step-*")) / "weights.safetensors")
     assert all(".adapters." in name for name in saved)                   # the frozen base is not saved again

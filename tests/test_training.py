@@ -16,6 +16,7 @@ from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.errors import UserError
 from model.tokenizer import Tokenizer
+from tests.conftest import Killed, killed_after
 from trainer import runtime, state, train_full_sft, train_pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,10 +47,6 @@ def same(first, second):
 
 def metrics(folder):
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-class Killed(BaseException):
-    """Stands for the process dying at a place: nothing may catch it."""
 
 
 # ------------------------------------------------------------------------------------------------- learning
@@ -99,22 +96,14 @@ def test_bfloat16_products_with_float32_weights(documents, tmp_path):
 
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
-def test_a_mixture_of_experts_trains_balances_and_continues(router, documents, chats, tmp_path, monkeypatch):
+def test_a_mixture_of_experts_trains_balances_and_continues(router, documents, chats, tmp_path):
     config = ModelConfig(NANO, 32, 64, 2, 2, 1, head_dim=32, num_experts=4, num_experts_per_tok=2, router=router,
                          moe_intermediate_size=32, num_shared_experts=int(router == "sigmoid"),
                          aux_loss_coef=0.01 if router == "softmax" else 0.0)
     (tmp_path / "moe.json").write_text(json.dumps(config.to_hf()), encoding="utf-8")
     options = dict(size=str(tmp_path / "moe.json"), max_steps=6, save_every=2)
     pretrain(documents, tmp_path / "base", **options)
-    log = runtime.Run.log
-
-    def die_after_step_3(self, step, *args):
-        log(self, step, *args)
-        if step == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runtime.Run, "log", die_after_step_3)
+    with killed_after(3):
         pretrain(documents, tmp_path / "cut", **options)
     pretrain(documents, tmp_path / "cut", **options)
     assert same(weights(tmp_path / "base"), weights(tmp_path / "cut"))

@@ -26,6 +26,7 @@ from model.adapters.adapted import AdapterConfig, attach, has_adapters
 from model.adapters.folder import save_adapter
 from model.checkpoint import load_model, save_model
 from model.errors import UserError
+from model.generate import SamplingParams, generate
 from model.heads import ScalarModel
 from model.transformer import count_parameters
 from trainer import curves, parallel, preflight, state
@@ -201,13 +202,14 @@ class Run:
         default = next(field.default for field in dataclasses.fields(self.cfg) if field.name == "model")
         return ROOT / folder if folder == default and not Path(folder).exists() else folder
 
-    def load_model(self, cfg, adapter=None, load=load_model, **of_adapter):
+    def load_model(self, adapter=None, load=load_model, **of_adapter):
         """(model, tokenizer) of --model, with --chat_template, and either trained whole or, frozen and perhaps in few
         bits, through an adapter: --lora_rank, or the AdapterConfig that is given.
 
         load: what reads a folder, with the arguments of model.checkpoint.load_model; of_adapter: more of --lora_rank's
         AdapterConfig.
         """
+        cfg = self.cfg
         if adapter is None and cfg.lora_rank:
             adapter = AdapterConfig(method="lora", rank=cfg.lora_rank, alpha=cfg.lora_alpha or 2 * cfg.lora_rank,
                                     targets=cfg.lora_targets, **of_adapter)
@@ -614,6 +616,15 @@ class Run:
             lines.append(f"- asked with: `{json.dumps(model.config.judge_template)}`")
         settings = json.dumps(dataclasses.asdict(cfg), indent=1)
         return "\n".join([*lines, "", "```json", settings, "```", ""])
+
+
+def first_answer(model, tokenizer, val, max_new_tokens=60):
+    """The first held-out prompt and what the model answers, likeliest token by token, for `run.sample`."""
+    row = val[0]
+    prompt = row["input_ids"][:row["loss_mask"].nonzero()[0][0]].tolist()
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    answer = generate(model, [prompt], params, tokenizer)[0][0]
+    return f"{tokenizer.decode(prompt)}{answer.text}"
 
 
 def clock(seconds):

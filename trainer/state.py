@@ -103,7 +103,7 @@ def tensors_of(model):
         return tensors
     trained = {f"{prefix}.{name}" for prefix, module in model.named_modules()
                if any(p.requires_grad for p in module.parameters(recurse=False))
-               for name in (*module._parameters, *module._buffers)}
+               for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     return {name: tensor for name, tensor in tensors.items() if name in trained}
 
 

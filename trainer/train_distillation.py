@@ -57,7 +57,6 @@ from dataset.lm_dataset import SFTDataset, kind_of
 from model.checkpoint import load_model
 from model.config import new_config
 from model.distill import token_distances
-from model.generate import SamplingParams, generate
 from model.transformer import CausalLM
 from trainer import preflight, runtime, state
 from trainer.batches import batches
@@ -91,7 +90,7 @@ def main(cfg):
         tokenizer = its_tokenizer.with_chat_template(cfg.chat_template) if cfg.chat_template else its_tokenizer
         model = CausalLM(new_config(cfg.size, tokenizer, cfg.max_len)).to(run.build_device, run.weights_dtype)
     else:
-        model, tokenizer = run.load_model(cfg)
+        model, tokenizer = run.load_model()
     check_match(cfg, teacher, its_tokenizer, model, tokenizer)
     path = resolve(cfg.data, "sft")
     kind = kind_of(path)                                                               # conversations or text
@@ -124,19 +123,10 @@ def main(cfg):
         if run.due(step, cfg.eval_every):
             run.evaluate(step, model, val, tokenizer, cfg.eval_rows)
         if run.due(step, cfg.sample_every):
-            run.sample(sample, model, tokenizer, val)
+            run.sample(runtime.first_answer, model, tokenizer, val)
         if run.due(step, cfg.save_every):
             run.save(step, model, tokenizer, optimizers)
     return run.finish(step, model, val, tokenizer, optimizers)
-
-
-def sample(model, tokenizer, val):
-    """The model's answer to the first held-out prompt; of text, what it writes when it starts a document."""
-    row = val[0]
-    targets = row["loss_mask"].nonzero()[0]
-    prompt = row["input_ids"][:targets[0]].tolist()
-    answer = generate(model, [prompt], SamplingParams(max_new_tokens=60, temperature=0.0), tokenizer)[0][0]
-    return f"{tokenizer.decode(prompt)}{answer.text}"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ if __name__ == "__main__":
 
 from dataset.builtin.generate import resolve
 from dataset.lm_dataset import SFTDataset
-from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
 from trainer import preflight, runtime, state
 from trainer.batches import batches
@@ -59,7 +58,7 @@ def main(cfg):
     run = runtime.setup(cfg, "full_sft")
 
     # --- build
-    model, tokenizer = run.load_model(cfg)
+    model, tokenizer = run.load_model()
     path = resolve(cfg.data, "sft")
     train, val = run.datasets(SFTDataset, path, tokenizer)
     run.plan(model, train, val, tokenizer)
@@ -84,19 +83,10 @@ def main(cfg):
         if run.due(step, cfg.eval_every):
             run.evaluate(step, model, val, tokenizer, cfg.eval_rows)
         if run.due(step, cfg.sample_every):
-            run.sample(sample, model, tokenizer, val)
+            run.sample(runtime.first_answer, model, tokenizer, val)
         if run.due(step, cfg.save_every):
             run.save(step, model, tokenizer, optimizers)
     return run.finish(step, model, val, tokenizer, optimizers)
-
-
-def sample(model, tokenizer, val):
-    """The model's answer to the first held-out prompt."""
-    row = val[0]
-    targets = row["loss_mask"].nonzero()[0]
-    prompt = row["input_ids"][:targets[0]].tolist()
-    answer = generate(model, [prompt], SamplingParams(max_new_tokens=60, temperature=0.0), tokenizer)[0][0]
-    return f"{tokenizer.decode(prompt)}{answer.text}"
 
 
 if __name__ == "__main__":

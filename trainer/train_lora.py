@@ -46,7 +46,6 @@ from dataset.builtin.generate import resolve
 from dataset.lm_dataset import SFTDataset
 from model.adapters import adalora
 from model.adapters.adapted import AdapterConfig
-from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
 from model.tokenizer import Tokenizer
 from trainer import preflight, runtime, state
@@ -75,7 +74,7 @@ def main(cfg):
     begin = Tokenizer.load(run.parent(cfg.model)).encode(cfg.virtual_text)
     adapter = AdapterConfig(cfg.method, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets,
                             start="text" if begin else "vocabulary", start_ids=tuple(begin), inner=cfg.prefix_inner)
-    model, tokenizer = run.load_model(cfg, adapter)
+    model, tokenizer = run.load_model(adapter)
     path = resolve(cfg.data, "persona")
     train, val = run.datasets(SFTDataset, path, tokenizer)
     run.plan(model, train, val, tokenizer)
@@ -102,19 +101,10 @@ def main(cfg):
         if run.due(step, cfg.eval_every):
             run.evaluate(step, model, val, tokenizer, cfg.eval_rows)
         if run.due(step, cfg.sample_every):
-            run.sample(sample, model, tokenizer, val)
+            run.sample(runtime.first_answer, model, tokenizer, val)
         if run.due(step, cfg.save_every):
             run.save(step, model, tokenizer, optimizers)
     return run.finish(step, model, val, tokenizer, optimizers)
-
-
-def sample(model, tokenizer, val):
-    """The model's answer to the first held-out prompt."""
-    row = val[0]
-    targets = row["loss_mask"].nonzero()[0]
-    prompt = row["input_ids"][:targets[0]].tolist()
-    answer = generate(model, [prompt], SamplingParams(max_new_tokens=60, temperature=0.0), tokenizer)[0][0]
-    return f"{tokenizer.decode(prompt)}{answer.text}"
 
 
 if __name__ == "__main__":

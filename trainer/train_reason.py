@@ -50,7 +50,6 @@ import functools
 
 from dataset.builtin.generate import resolve
 from dataset.lm_dataset import ReasonDataset
-from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
 from trainer import preflight, runtime, state
 from trainer.batches import batches
@@ -95,7 +94,7 @@ def main(cfg):
 
     # --- build
     weights = check_weights(cfg)
-    model, tokenizer = run.load_model(cfg)
+    model, tokenizer = run.load_model()
     check_thinking(tokenizer, cfg.model)
     path = resolve(cfg.data, "traces")
     train, val = run.datasets(functools.partial(ReasonDataset, **weights), path, tokenizer)
@@ -121,19 +120,10 @@ def main(cfg):
         if run.due(step, cfg.eval_every):
             run.evaluate(step, model, val, tokenizer, cfg.eval_rows)
         if run.due(step, cfg.sample_every):
-            run.sample(sample, model, tokenizer, val)
+            run.sample(runtime.first_answer, model, tokenizer, val, 160)
         if run.due(step, cfg.save_every):
             run.save(step, model, tokenizer, optimizers)
     return run.finish(step, model, val, tokenizer, optimizers)
-
-
-def sample(model, tokenizer, val):
-    """The model's thought and answer to the first held-out prompt."""
-    row = val[0]
-    targets = row["loss_mask"].nonzero()[0]
-    prompt = row["input_ids"][:targets[0]].tolist()
-    answer = generate(model, [prompt], SamplingParams(max_new_tokens=160, temperature=0.0), tokenizer)[0][0]
-    return f"{tokenizer.decode(prompt)}{answer.text}"
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def main(cfg):
     # --- build
     scalar = cfg.head == "scalar"
     if scalar:                                                     # the head is trained whole, beside an adapter too
-        model, tokenizer = run.load_model(cfg, load=load_reward_model, modules_to_save=("score",), task_type="SEQ_CLS")
+        model, tokenizer = run.load_model(load=load_reward_model, modules_to_save=("score",), task_type="SEQ_CLS")
     else:
-        model, tokenizer = run.load_model(cfg)
+        model, tokenizer = run.load_model()
         model.config.judge_template = JUDGE_TEMPLATE
     path = resolve(cfg.data, "preferences" if scalar else "judgements")
     train, val = run.datasets(PreferenceDataset if scalar else SFTDataset, path, tokenizer)
