@@ -3,15 +3,16 @@
 The steps are what one does on paper: columns from the right, the carry said aloud. One digit at a time is all that a
 step asks for, so a small model can take every one of them, and hardly ever guesses the whole:
 
-    What is 4783+2591?
+    What is 47832+25914?
     <think>
-    3+1+0=4 c0            the digits of a column and the carry from the one before; the digit to write, the carry
+    2+4+0=6 c0            the digits of a column and the carry from the one before; the digit to write, the carry
+    3+1+0=4 c0
     8+9+0=7 c1
     7+5+1=3 c1
     4+2+1=7 c0
     </think>
 
-    7374
+    73746
 
 In a difference b1 is a borrow. These skills (TRACED) are none of SKILLS: no other kind of file holds them.
 `world.split_of` divides them as it does those, by key. (The steps themselves are sums, differences and products of
@@ -66,17 +67,17 @@ def thought(lines, answer):
 
 # --- skills
 
-@skill("number", SUM_QUESTIONS, levels=2, max_new_tokens=64, skills=TRACED)
+@skill("number", SUM_QUESTIONS, levels=2, max_new_tokens=96, skills=TRACED)
 def add_columns(rng, level):
-    """Numbers of three and of four digits."""
-    a, b = (rng.randint(10 ** (level + 1), 10 ** (level + 2) - 1) for _ in range(2))
+    """Numbers of five and of six digits."""
+    a, b = (rng.randint(10 ** (level + 3), 10 ** (level + 4) - 1) for _ in range(2))
     return Task(addition(a, b), {"a": a, "b": b}, str(a + b), thought(sum_steps(a, b), a + b))
 
 
-@skill("number", DIFFERENCE_QUESTIONS, levels=2, max_new_tokens=64, skills=TRACED)
+@skill("number", DIFFERENCE_QUESTIONS, levels=2, max_new_tokens=96, skills=TRACED)
 def subtract_columns(rng, level):
-    """Numbers of three and of four digits, the smaller from the larger."""
-    b, a = sorted(rng.randint(10 ** (level + 1), 10 ** (level + 2) - 1) for _ in range(2))
+    """Numbers of five and of six digits, the smaller from the larger."""
+    b, a = sorted(rng.randint(10 ** (level + 3), 10 ** (level + 4) - 1) for _ in range(2))
     return Task(f"sub:{a},{b}", {"a": a, "b": b}, str(a - b), thought(difference_steps(a, b), a - b))
 
 
