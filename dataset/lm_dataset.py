@@ -5,7 +5,7 @@
     collate([data[0], data[1]])                                       the same as torch tensors (B, T)
 
 Which stage reads which class: pretraining PretrainDataset; full_sft and lora SFTDataset; reason ReasonDataset; reward
-and dpo PreferenceDataset (with --loss kto UnpairedDataset). (Prompts for reinforcement learning get a PromptDataset.)
+and dpo PreferenceDataset (with --loss kto UnpairedDataset); the stages of reinforcement learning PromptDataset.
 
 A row holds several texts one after the other, so that no compute is spent on padding:
 
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 
 from dataset import jsonl, tokens
+from dataset.builtin.checkers import as_expected
 from dataset.jsonl import DiskArray, Progress, find_files, is_text, once, shares_of, text_cut, warn
 from dataset.tokens import hashed, token_store
 from model.errors import UserError
@@ -494,6 +495,80 @@ class UnpairedDataset(PreferenceDataset):
         row["desirable"] = np.zeros_like(row["pairs"])
         row["desirable"][:len(flags)] = flags == tokens.GOOD_SIDE
         return row
+
+
+class PromptDataset:
+    """What a policy is asked, in no rows: [i] is the i-th prompt, a dict (a conversation, which ends before an answer):
+
+        messages, tools    as in dataset/jsonl.py; a final assistant turn of the record is dropped
+        prompt_ids         the same as ids, up to where the assistant begins
+        answer, checker    what a right answer is, a string, and who says so (dataset/builtin/checkers.py), or None
+        max_new_tokens     how long an answer may be; 0 = the record does not say
+        skill, level       what figures are told apart by; "all" and 0 where the record does not say
+
+    and any other keys of the record. The record is read when asked for; only its number (12 bytes) is in memory.
+    A prompt longer than max_len loses its oldest exchanges, and is dropped and counted if it still does not fit. A
+    checker that is unknown, or cannot compare with the answer, makes a bad record. Arguments as in PretrainDataset.
+    `report["unchecked"]` and `["unanswered"]` count the prompts without checker, without answer.
+    """
+
+    def __init__(self, paths, tokenizer, max_len, split="all", val_fraction=0.1, val_records=1000, seed=0,
+                 on_bad_record="stop"):
+        check_arguments(split, val_fraction, max_len)
+        self.tokenizer, self.max_len, self.files = tokenizer, max_len, []
+        stores, texts, places = [], [], []                  # places: (file, record) of each text
+        for number, path in enumerate(find_files(paths)):
+            if is_text(path):
+                raise UserError(f"{path}: a .txt file holds no prompts; give .jsonl")
+            stores.append(token_store(path, "prompt", tokenizer, on_bad_record, max_len=max_len))
+            self.files.append(jsonl.JsonlFile(path))
+            texts.append(stores[-1].texts[:])
+            places.append(np.stack([np.full(len(texts[-1]), number), np.arange(len(texts[-1]))], 1))
+        texts, places = np.concatenate(texts), np.concatenate(places)
+        if split != "all":
+            val = held_out(len(texts), val_fraction, val_records, seed)
+            chosen = val if split == "val" else np.delete(np.arange(len(texts)), val)
+            texts, places = texts[chosen], places[chosen]
+        usable = texts["size"] > 0
+        too_long = int(((texts["size"] == 0) & (texts["lost"] > 0)).sum())
+        if not usable.any():
+            raise UserError(f"{paths}: none of the {len(texts)} prompts of the {split} split can be used; {too_long} "
+                            f"are longer than {max_len} tokens, raise --max_len")
+        if too_long:
+            warn(f"{paths}: {too_long} prompts dropped, whose last exchange is longer than {max_len} tokens; raise "
+                 "--max_len to keep them")
+        self.numbers = places[usable].astype(np.int32 if len(texts) < 2**31 else np.int64)          # (n, 2)
+        tokens_kept = int(texts["size"].sum())
+        self.report = {
+            "files": len(stores), "records": len(texts), "prompts": len(self), "dropped": int((~usable).sum()),
+            "shortened": int((usable & (texts["lost"] > 0)).sum()), "rows": len(self), "tokens": tokens_kept,
+            "tokens_lost": int(texts["lost"].sum()), "padding": 1 - tokens_kept / (len(self) * max_len),
+            "unchecked": int((usable & (texts["num_targets"] == 0)).sum()),
+            "unanswered": int((usable & (texts["num_bytes"] == 0)).sum()),
+            "skipped": sum(store.meta["skipped"] for store in stores),
+            "malformed": sum(store.meta["malformed"] for store in stores),
+        }
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, row):
+        file, number = self.numbers[range(len(self))[row]].tolist()          # IndexError beyond the end
+        record, _ = self.files[file].record(number, "prompt")
+        messages, ids, _ = tokens.prompt_to_fit(record, self.tokenizer, self.max_len)
+        if record["checker"] is not None:
+            record["answer"] = as_expected(record["checker"], record["answer"])
+        return {"max_new_tokens": 0, "skill": "all", "level": 0, **record, "messages": messages, "prompt_ids": ids}
+
+    @staticmethod
+    def count(batch):
+        """Number of sampled tokens in a batch of completions; none in other batches that are learnt from beside."""
+        return int(batch["completion_mask"].sum()) if "completion_mask" in batch else 0
+
+    def where(self, row):
+        """["file:line"] of a prompt."""
+        file, number = self.numbers[range(len(self))[row]].tolist()
+        return [self.files[file].where(number)]
 
 
 def kind_of(paths):

@@ -30,6 +30,7 @@ from bisect import bisect_left, bisect_right
 import numpy as np
 
 from dataset import jsonl
+from dataset.builtin.checkers import as_expected
 from dataset.jsonl import (
     BadRecord,
     DiskArray,
@@ -49,7 +50,7 @@ BATCH_CHARACTERS = 1 << 18    # about this much text is tokenised at a time
 BATCH_PIECES = 16             # of a .txt file
 PART = 1 << 25                # bytes of a file that are worth a process of their own
 MOST_PROCESSES = 16
-CONVERSATIONS = ("chat", "preference", "unpaired")              # kinds that a chat template lays out
+CONVERSATIONS = ("chat", "preference", "unpaired")              # kinds with a loss mask, which a chat template makes
 
 # A text: its first token, its tokens, the raw UTF-8 bytes of what its loss is about, the loss_mask ones in it, and how
 # many tokens of the record did not fit. A record that was skipped or dropped is a text of size 0.
@@ -127,11 +128,11 @@ def hashed(*parts):
 def token_store(path, kind, tokenizer, on_bad_record="stop", **settings):
     """The TokenStore of a file, from the cache or built now.
 
-    kind: "document", "chat", "preference" and "unpaired" records, or "text" for a .txt file. settings: what else
-    decides the tokens: max_len for conversations, the bytes start … end for a text.
+    kind: "document", "chat", "preference", "unpaired" and "prompt" records, or "text" for a .txt file. settings: what
+    else decides the tokens: max_len for conversations, the bytes start … end for a text.
     """
     code = code_fingerprint(__file__, jsonl.__file__, sys.modules[Tokenizer.__module__].__file__)
-    key = hashed(code, tokenizer.fingerprint, tokenizer.chat_template if kind in CONVERSATIONS else None,
+    key = hashed(code, tokenizer.fingerprint, tokenizer.chat_template if kind in (*CONVERSATIONS, "prompt") else None,
                  on_bad_record, settings)
     task = {"path": str(path), "kind": kind, "on_bad_record": on_bad_record, "settings": settings}
     store = TokenStore(once(cache_path(path, f"{kind}-{key}"), functools.partial(build, task, tokenizer)), path)
@@ -163,7 +164,7 @@ def cores():
 def tokenise(task, tokenizer, folder, add):
     """Write the store of a task into a new folder. add(n) is called for every n records (of a .txt file: bytes)."""
     write = {"document": write_documents, "chat": write_chats, "text": write_text, "preference": write_preferences,
-             "unpaired": write_unpaired}[task["kind"]]
+             "unpaired": write_unpaired, "prompt": write_prompts}[task["kind"]]
     tally = Tally(task["on_bad_record"])
     with StoreWriter(folder, tokenizer.vocab_size, has_mask=task["kind"] in CONVERSATIONS) as writer:
         extra = write(task, tokenizer, writer, tally, add, **task["settings"])
@@ -277,6 +278,51 @@ def exchange_starts(messages):
     """The numbers of the user's turns that open an exchange (a second one in a row belongs to the first)."""
     return [number for number, message in enumerate(messages)
             if message["role"] == "user" and (number == 0 or messages[number - 1]["role"] != "user")]
+
+
+def write_prompts(task, tokenizer, writer, tally, add, max_len):
+    """Every prompt of a jsonl file up to where the assistant begins, shortened to max_len by whole turns.
+
+    There is no loss on prompts, so two columns of TEXT hold something else: num_targets is 1 for a prompt with a
+    checker, num_bytes 1 for one with an answer. A checker that nothing can pass makes a bad record.
+    """
+    records, place = records_of(task)
+    for number, record, problems in records:
+        ids, lost = [], 0
+        where = functools.partial(place, number)
+        if tally.accept(record, problems, where):
+            try:
+                if record["checker"] is not None:
+                    as_expected(record["checker"], record["answer"])
+                _, ids, lost = prompt_to_fit(record, tokenizer, max_len)
+            except UserError as error:                      # or the chat template refuses
+                tally.accept(BadRecord(str(error)), [], where)
+        writer.extend(ids)
+        has = {name: int(bool(ids) and record[name] is not None) for name in ("answer", "checker")}
+        writer.close_text(has["answer"], has["checker"], lost=lost)
+        if (number + 1) % 100 == 0:
+            add(100)
+    return {}
+
+
+def prompt_to_fit(record, tokenizer, max_len):
+    """(messages, ids, tokens lost) of a prompt in at most max_len tokens, to be continued by the assistant.
+
+    Loses its oldest exchanges as a chat does (`render_to_fit`); ids is [] where even the last one is too long.
+    """
+    messages = record["messages"]
+    system, rest = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
+    starts = exchange_starts(rest)
+
+    def render(first):
+        return tokenizer.render(system + rest[first:], record["tools"], add_generation_prompt=True)[0]
+
+    first, ids = 0, render(0)
+    whole = len(ids)
+    if whole > max_len:
+        place = bisect_left(starts, True, lo=1, key=lambda start: len(render(start)) <= max_len)
+        first, ids = (starts[place], render(starts[place])) if place < len(starts) else (len(rest), [])
+    return system + rest[first:], ids, whole - len(ids)
 
 
 # --- preferences: a text holds several sides, one behind the other. In its mask 0 and 1 are as in a chat's; the first

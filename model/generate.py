@@ -154,7 +154,8 @@ def filter_logits(logits, params, seen=None):
         logits = penalize_repetition(logits, seen, params.repetition_penalty)
     if params.temperature == 0:
         return logits
-    logits = logits / params.temperature
+    if params.temperature != 1:
+        logits = logits / params.temperature
     if params.top_k:
         logits = keep_top_k(logits, params.top_k)
     if params.top_p < 1:
@@ -172,15 +173,15 @@ def draw(logits, uniform=None):
 
     logits (B, V) already filtered; uniform (B,) in [0, 1). Returns tokens (B,) and log softmax(logits)[tokens] (B,).
     """
-    logprobs = logits.log_softmax(-1)                                      # (B, V)
+    probs = logits.softmax(-1)                                             # (B, V)
     if uniform is None:
         tokens = logits.argmax(-1)
     else:
-        total = logprobs.exp().cumsum(-1)                                  # (B, V)
+        total = probs.cumsum(-1)                                           # (B, V)
         # Scaled by the actual sum, the mark stays strictly below it, so it falls on a token of non-zero probability.
         mark = uniform[:, None] * total[:, -1:]                            # (B, 1)
         tokens = torch.searchsorted(total, mark, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)  # V only for NaN
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+    return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()           # a drawn token's p is never rounded to 0
 
 
 def uniform_draws(seed, prompts, num_samples, steps, device):
@@ -305,16 +306,19 @@ class Completion:
     text: str = ""
 
 
-def generate(model, prompts, params, tokenizer=None, num_samples=1, batch_size=0, numbers=None):
+def generate(model, prompts, params, tokenizer=None, num_samples=1, batch_size=0, numbers=None, limits=None):
     """Continue every prompt `num_samples` times; returns a list, per prompt, of lists of Completion.
 
     prompts: lists of ids, of any lengths. batch_size: rows computed together (0 = all); it changes speed and memory,
     not the result. numbers: what stands for each prompt in its random draws, default its place in the list; where the
     prompts are shared between calls or ranks, numbers that do not depend on how give every prompt the same draws.
+    limits: most new tokens of each prompt, where some are to get fewer than params.max_new_tokens.
     Prompt and completion together never exceed config.max_position_embeddings: a row that reaches it ends with
     "length". Raises UserError for an empty prompt, or one that leaves no room.
     """
     stop_ids, budgets, seed = check(model, prompts, params, tokenizer)
+    if limits is not None:
+        budgets = [min(pair) for pair in zip(budgets, limits, strict=True)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))     # neighbours of like length: little padding
     size = max(1, batch_size // num_samples) if batch_size else max(1, len(prompts))
     completions = [[] for _ in prompts]
@@ -323,10 +327,10 @@ def generate(model, prompts, params, tokenizer=None, num_samples=1, batch_size=0
         steps = max(budgets[i] for i in chunk)
         names = [numbers[i] for i in chunk] if numbers else chunk
         uniform = uniform_draws(seed, names, num_samples, steps, model.lm_head.weight.device)
-        limits = [budgets[i] for i in chunk for _ in range(num_samples)]
+        most = [budgets[i] for i in chunk for _ in range(num_samples)]
         with inference(model):
             batch = Batch(model, [prompts[i] for i in chunk], params, num_samples, steps)
-            rows = run_batch(batch, uniform, limits, stop_ids, tokenizer)
+            rows = run_batch(batch, uniform, most, stop_ids, tokenizer)
         for place, i in enumerate(chunk):
             completions[i] = rows[place * num_samples:(place + 1) * num_samples]
     return completions

@@ -4,7 +4,8 @@
     rotate(x, cos, sin)      rotary positions: every pair of dimensions turned by its angle
     attention(q, k, v, mask) softmax(q kᵀ / sqrt(d)) v, never all of its T x T scores at once
     silu_mul(gate, up)       silu(gate) · up, the heart of SwiGLU
-    linear_logprobs(h, W, y) log softmax(h Wᵀ)_y, the logits only ever there for some rows at a time
+    linear_logprobs(h, W, y) log softmax(h Wᵀ)_y, the logits only ever there for some rows at a time; with the entropy
+                             of the same distributions: linear_logprobs_and_entropy
 
 Autograd would get the same gradients from the formulas alone, but it keeps every intermediate result and walks through
 memory once for each elementary operation: on these five that is most of the memory and half of the time of a step.
@@ -268,6 +269,45 @@ class LinearLogprobs(Function):
             d = logits_of(h, weight, ctx.temperature).softmax(-1).neg_()         # (n, V)
             d[torch.arange(len(y), device=y.device), y] += 1                     # onehot - softmax
             d = d.mul_(upstream[:, None] / ctx.temperature).to(weight.dtype)
+            torch.mm(d, weight, out=dh)
+            if dweight is not None:
+                dweight += d.mT @ h
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
+
+
+def linear_logprobs_and_entropy(hidden, weight, targets, temperature=1.0):
+    """`linear_logprobs`, and beside it the entropy H_n = - Σ_v p_v log p_v of the same distributions: (N,) each."""
+    dtype = matmul_dtype(hidden)
+    return LinearLogprobsEntropy.apply(hidden.to(dtype), weight.to(dtype), targets, temperature)
+
+
+class LinearLogprobsEntropy(Function):
+    """d log p_n / d logits = onehot(y_n) - p   and   dH / d logits = - p (log p + H)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        ctx.temperature = temperature
+        logprobs, entropies = [], []
+        for h, y in zip(*in_chunks(weight, hidden, targets), strict=True):
+            logp = logits_of(h, weight, temperature).log_softmax(-1)             # (n, V)
+            logprobs.append(logp.gather(1, y[:, None]).squeeze(1))
+            entropies.append(-(logp.exp() * logp).sum(-1))
+        logprobs, entropies = torch.cat(logprobs), torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, targets, entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logprobs, g_entropies):
+        hidden, weight, targets, entropies = ctx.saved_tensors
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(wide(weight)) if ctx.needs_input_grad[1] else None     # not beside adapters
+        chunks = in_chunks(weight, hidden, dhidden, targets, entropies, g_logprobs, g_entropies)
+        for h, dh, y, H, up_logprob, up_entropy in zip(*chunks, strict=True):
+            logp = logits_of(h, weight, ctx.temperature).log_softmax(-1)         # (n, V)
+            d = (logp + H[:, None]).mul_(-up_entropy[:, None]).sub_(up_logprob[:, None]).mul_(logp.exp_())
+            d[torch.arange(len(y), device=y.device), y] += up_logprob
+            d = d.div_(ctx.temperature).to(weight.dtype)
             torch.mm(d, weight, out=dh)
             if dweight is not None:
                 dweight += d.mT @ h

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from model.kernels import linear_logprobs
+from model.kernels import linear_logprobs, linear_logprobs_and_entropy
 
 
 def token_logprobs(model, input_ids, attention_mask=None, segment_ids=None, positions=None, temperature=1.0):
@@ -19,6 +19,19 @@ def token_logprobs(model, input_ids, attention_mask=None, segment_ids=None, posi
         return F.pad(logprobs.view(len(input_ids), -1), (1, 0))         # (B, T)
 
     return model(input_ids, attention_mask, segment_ids, positions, head=head)
+
+
+def token_logprobs_and_entropy(model, input_ids, attention_mask=None, segment_ids=None, positions=None,
+                               temperature=1.0):
+    """(logprobs (B, T), entropy (B, T), aux_loss (B,)): `token_logprobs`, and the entropy in nats of the distribution
+    that each token was drawn from, at `temperature` too. Both have a derivative; position 0 is 0 in both."""
+    def head(hidden, lm_head):                                          # hidden (B, T, D)
+        rows, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        both = linear_logprobs_and_entropy(rows, lm_head.weight, targets, temperature)   # (B·(T-1),) each
+        return [F.pad(x.view(len(input_ids), -1), (1, 0)) for x in both]                 # (B, T) each
+
+    (logprobs, entropy), aux_loss = model(input_ids, attention_mask, segment_ids, positions, head=head)
+    return logprobs, entropy, aux_loss
 
 
 def segment_sums(x, segment_ids, num_segments):

@@ -4,6 +4,8 @@
     python scripts/benchmark.py sft --data chats.jsonl   useful tokens: packed conversations, or one padded row for each
     python scripts/benchmark.py moe                      8 experts against a dense model, as many active parameters
     python scripts/benchmark.py generate                 sampling in batches, against transformers' generate
+    python scripts/benchmark.py rollout --batch_size 64 --max_len 192    8 completions of each prompt, as RL takes them
+    python scripts/benchmark.py grpo --batch_size 64 --max_len 192 --trl_python trl/bin/python      a step, against TRL
     python scripts/benchmark.py quantize --size base     weights in 32, 16, 8 and 4 bits: size, speed, perplexity
 
 Every contender lives in a process of its own (so that peak memory is its own) and waits while another one is timed;
@@ -24,7 +26,8 @@ from model.cli import arg, parse_args
 from model.errors import UserError, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-WORKS = ("train", "sft", "moe", "generate", "quantize")
+WORKS = ("train", "sft", "moe", "generate", "rollout", "grpo", "quantize")
+GROUP = 8                                  # completions of a prompt
 
 
 @dataclass
@@ -34,10 +37,12 @@ class Config:
     data: str = arg("builtin:sft", "sft: a jsonl of conversations; quantize: held-out ones of it give the perplexity")
     model: str = arg("out/full_sft", "quantize: checkpoint that has the perplexity; all else is of random weights")
     batch_size: int = arg(8, "rows of a step, or prompts that are answered at once")
-    max_len: int = arg(512, "tokens of a row; generate: of a prompt with its answer")
+    max_len: int = arg(512, "tokens of a row; of a prompt with its answer, half of each (rollout, grpo: one third and "
+                       "two)")
     rounds: int = arg(7, "how often each contender is timed")
     steps: int = arg(2, "steps of one timing")
     only: str = arg("", "contenders to time, with ; between; empty = all of the work")
+    trl_python: str = arg("", "grpo: the Python of an environment that has TRL")
     out: str = arg("", "JSON to write (default: scripts/results/benchmark_WORK.json)")
 
 
@@ -53,6 +58,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import time
 
 import numpy as np
@@ -64,6 +70,7 @@ from eval.eval_loss import evaluate_loss
 from model import device as devices
 from model.checkpoint import load_causal_lm, load_model, save_model
 from model.config import new_config
+from model.fused import FusedLM
 from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
 from model.quantize import packed_weights
@@ -178,6 +185,69 @@ def sampling(make, cfg, dtype=None):
     return step, cfg.batch_size * length, model
 
 
+def rolling_out(make, cfg):
+    """(completing prompts in groups of 8, tokens of the completions, model): temperature 1, all equally long."""
+    device = devices.pick_device()
+    dtype, model = devices.pick_dtype("auto", device), make(cfg).to(device).eval()
+    group, length = min(GROUP, cfg.batch_size), cfg.max_len // 3
+    prompts = torch.randint(5, our_config(cfg).vocab_size, (cfg.batch_size // group, length)).to(device)
+    new = cfg.max_len - length
+    if isinstance(model, CausalLM):
+        copy = FusedLM(model, dtype)
+    else:
+        model = model.to(dtype)
+
+    @torch.no_grad()
+    def step():
+        if isinstance(model, CausalLM):
+            copy.refresh()                                              # part of every rollout: the policy has learnt
+            generate(copy, prompts.tolist(), SamplingParams(max_new_tokens=new, seed=0), num_samples=group)
+        else:
+            model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new,
+                           do_sample=True, top_k=0, num_return_sequences=group, pad_token_id=0)
+        devices.synchronize(device)
+
+    return step, len(prompts) * group * new, model
+
+
+def practising(side, cfg):
+    """(a step of GRPO, tokens of its completions, model): acting, judging and learning, by scripts/grpo_step.py in a
+    process of its own. The step tells that process's peak memory."""
+    length = cfg.max_len // 3
+    settings = {**practice(cfg), "batch_size": cfg.batch_size, "group": min(GROUP, cfg.batch_size),
+                "max_len": cfg.max_len, "new": cfg.max_len - length}
+    script = str(pathlib.Path(__file__).with_name("grpo_step.py"))
+    command = [cfg.trl_python if side == "trl" else sys.executable, script, side, json.dumps(settings)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step():
+        print("go", file=process.stdin, flush=True)
+        for line in process.stdout:
+            if line.startswith("step took its turn, "):
+                return int(line.split()[-1])
+        raise UserError(f"grpo, {side}: ended before its time, see above")
+
+    return step, cfg.batch_size * settings["new"], ours(cfg, qk_norm=True)
+
+
+def practice(cfg):
+    """A folder with a random chat model, and a jsonl of prompts that are about a third of a row long, written once."""
+    folder = ROOT / "out" / "benchmark" / f"grpo-{pathlib.Path(cfg.size).name}-{cfg.max_len}"
+    path, tokenizer = folder / "prompts.jsonl", Tokenizer.load(cfg.tokenizer)
+    if not path.exists():
+        save_model(folder, ours(cfg, qk_norm=True), tokenizer)
+        rng = np.random.default_rng(0)
+        words = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+        words = [word for word in words if word.startswith(" ") and word[1:].isascii() and word[1:].isalpha()]
+        with open(path, "w", encoding="utf-8") as file:
+            for _ in range(500):
+                messages = [{"role": "user", "content": "".join(rng.choice(words, cfg.max_len // 3))}]
+                while len(tokenizer.render(messages, add_generation_prompt=True)[0]) > cfg.max_len // 3:
+                    messages[0]["content"] = messages[0]["content"].rpartition(" ")[0]
+                file.write(json.dumps({"conversations": messages, "answer": "e", "checker": "exact"}) + "\n")
+    return {"folder": str(folder), "data": str(path)}
+
+
 def answering(dtype, kind, cfg):
     """`sampling` with the weights of a checkpoint in so many bits; and {"bits" per weight of the blocks, "bytes" of the
     model, "perplexity", "memory_before" there was a model}."""
@@ -253,6 +323,14 @@ CONTENDERS = {      # work: contender: (step, tokens, model and perhaps figures)
         "transformers": functools.partial(sampling, llama),
         "ours": functools.partial(sampling, ours),
     },
+    "rollout": {
+        "transformers": functools.partial(rolling_out, llama),
+        "ours": functools.partial(rolling_out, ours),
+    },
+    "grpo": {
+        "TRL": functools.partial(practising, "trl"),
+        "ours": functools.partial(practising, "ours"),
+    },
     "quantize": {
         "fp32": functools.partial(answering, FLOAT32, "none"),
         "bf16": functools.partial(answering, BFLOAT16, "none"),
@@ -281,8 +359,8 @@ def contend(pipe, work, name, cfg):
     while pipe.recv():
         start = time.perf_counter()
         for _ in range(cfg.steps):
-            step()
-        memory = peak_memory(devices.pick_device()) - figures.get("memory_before", 0)
+            told = step()
+        memory = (told or peak_memory(devices.pick_device())) - figures.get("memory_before", 0)
         pipe.send(((time.perf_counter() - start) / cfg.steps, memory))
 
 
@@ -294,6 +372,10 @@ def measure(work, cfg):
     names = [name for name in CONTENDERS[work] if name in wanted]
     if work == "quantize":
         random_checkpoint(cfg)
+    if work == "grpo":
+        practice(cfg)
+        if "TRL" in names and not cfg.trl_python:
+            raise UserError("--trl_python is missing: the Python of an environment that has TRL; or give --only ours")
     spawn, found = multiprocessing.get_context("spawn"), {}
     pipes, processes = {}, []
     for name in names:

@@ -38,6 +38,7 @@ class Config:
     only: str = arg("", "only runs with this in their name")
     jobs: int = arg(1, "runs at the same time, each with its share of the cores")
     table: bool = arg(False, "print the table of the group and stop")
+    plot: bool = arg(False, "draw the held-out curves of the group to trainer/results/GROUP.png and stop")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Run:
     judges: tuple = ("skills",)
     seeds: tuple = (42,)
     base: str = "out/full_sft"        # what an adapter lies on
+    first: str = ""                   # a command before that one, whose --out is what DATA stands for in `train`
+    curve: str = ""                   # which held-out figure is kept of every evaluation, with its minute
 
 
 # What a judge writes to --out is kept, as far as it is a number or an interval.
@@ -56,6 +59,8 @@ JUDGES = {
     "persona": "eval/skills.py --data builtin:persona_test",
     "manners": "eval/preferences.py",
     "reward": "eval/reward_model.py",
+    "practice": "eval/skills.py --data builtin:practice_test",
+    "text": "eval/eval_loss.py --data builtin:pretrain --split val",
     "thinking": "eval/skills.py --data builtin:reason_test --thinking on",
     "at once": "eval/skills.py --data builtin:reason_test --thinking off",
 }
@@ -78,6 +83,9 @@ DPO = "trainer/train_dpo.py --compile off" + QUIET
 MANNERS = ("manners", "skills")
 REWARD = "trainer/train_reward.py --optimizer muon --compile off" + QUIET
 REASON = "trainer/train_reason.py --max_steps 1000 --compile off" + QUIET
+PRACTICE = ("practice", "skills", "text")
+STEPS = " --max_steps 150 --compile off --sample_every 0 --eval_every 10 --eval_rows 150"
+GRPO, PPO, SPO = (f"trainer/train_{name}.py{STEPS}" for name in ("grpo", "ppo", "spo"))
 PAIRS = f"{REWARD} --lr 1e-3 --data builtin:preferences_more"
 
 GROUPS = {
@@ -120,6 +128,23 @@ GROUPS = {
         Run("control: answers at once", f"{REASON} --data builtin:traces_direct:0.5,builtin:sft:0.5",
             ("at once", "skills")),
     ],
+    "rl": [
+        Run("before", "", PRACTICE),
+        Run("GRPO", GRPO, PRACTICE, THREE, curve="accuracy"),
+        Run("PPO", PPO, PRACTICE, THREE, curve="accuracy"),
+        Run("SPO", SPO, PRACTICE, THREE, curve="accuracy"),
+        Run("control: GRPO, random reward", f"{GRPO} --reward random", PRACTICE, THREE, curve="accuracy"),
+        Run("control: GRPO, constant reward", f"{GRPO} --reward constant", PRACTICE, curve="accuracy"),
+        Run("control: PPO, random reward", f"{PPO} --reward random", PRACTICE, curve="accuracy"),
+        Run("control: SPO, random reward", f"{SPO} --reward random", PRACTICE, curve="accuracy"),
+        *(Run(f"GRPO, --loss {loss}", f"{GRPO} --loss {loss}", PRACTICE, curve="accuracy")
+          for loss in ("grpo", "dr_grpo", "gspo", "cispo", "rloo")),
+        Run("GRPO by LoRA", f"{GRPO} --lora_rank 8 --lr 2e-3", PRACTICE, curve="accuracy"),
+        Run("GRPO without replay", f"{GRPO} --replay 0", PRACTICE, curve="accuracy"),
+        Run("rejection sampling, then SFT", f"{FULL} --data DATA:0.5,builtin:sft:0.5 --max_steps 300 --lr 3e-4"
+            f" --compile off{QUIET}", PRACTICE,
+            first="scripts/generate_data.py --data builtin:practice --limit 4000 --samples 4 --temperature 1"),
+    ],
     "distillation": [
         Run("teacher", f"trainer/train_pretrain.py --size 6x256 --tokenizer out/pretrain --max_steps 1825{QUIET}", ()),
         Run("hard labels", f"{DISTIL} --max_steps 300 --alpha 1", (), THREE),
@@ -150,6 +175,8 @@ COLUMNS = {
     "reason": {"minutes": ("minutes", ".1f"), "hard sums, thinking": ("thinking.mean", ".1%"),
                "tokens": ("thinking.mean_tokens", ".1f"), "hard sums, at once": ("at once.mean", ".1%"),
                "their tokens": ("at once.mean_tokens", ".1f"), "skills from before": ("skills.mean", ".1%")},
+    "rl": {"minutes": ("minutes", ".1f"), "practised skills": ("practice.mean", ".1%"),
+           "skills from before": ("skills.mean", ".1%"), "bits per byte of text": ("text.bits_per_byte", ".3f")},
     "distillation": {"tokens": ("tokens", ",.0f"), "minutes": ("minutes", ".1f"),
                      "bits per byte, held out": ("held_out.bits_per_byte", ".3f"), "skills": ("skills.mean", ".1%")},
 }
@@ -175,11 +202,16 @@ def do(group, one, seed, threads):
     place = ("--model", one.base)
     if one.train:
         if not (folder / "summary.json").exists():
-            python(one.train, "--seed", seed, "--out", folder, threads=threads)
+            if one.first:
+                python(one.first, "--seed", seed, "--out", folder.with_suffix(".jsonl"), threads=threads)
+            command = one.train.replace("DATA", str(folder.with_suffix(".jsonl").relative_to(ROOT)))
+            python(command, "--seed", seed, "--out", folder, threads=threads)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         record |= {name: summary[name] for name in ("minutes", "steps", "tokens", "memory_gb", "parameters",
                                                     "trained_parameters", "machine", "commit")}
         record["held_out"] = numbers(summary["held_out"])
+        if one.curve:
+            record["curve"] = [[point["minutes"], round(point[one.curve], 4)] for point in summary["curve"]]
         adapted = (folder / "adapter_config.json").exists()
         place = ("--model", one.base, "--adapter", folder) if adapted else ("--model", folder)
     for judge in one.judges:
@@ -262,9 +294,38 @@ def figure(record, path):
     return record
 
 
+# ---------------------------------------------------------------------------------------------------- curves
+
+
+PLOTTED = {"rl": ("GRPO", "PPO", "SPO", "control: GRPO, random reward")}
+
+
+def plot(group, records):
+    """Write trainer/results/GROUP.png: what was measured on held-out prompts against minutes, a line for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.add_subplot()
+    for number, name in enumerate(PLOTTED[group]):
+        for nth, record in enumerate(record for record in records if record["run"] == name):
+            axis.plot(*zip(*record["curve"], strict=True), color=f"C{number}", linewidth=1.3, marker=".",
+                      label=name if nth == 0 else None)
+    axis.set(xlabel="minutes, evaluations included", ylabel="accuracy on held-out prompts", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(RESULTS / f"{group}.png", dpi=110)
+    return RESULTS / f"{group}.png"
+
+
 def main(cfg):
     if cfg.group not in GROUPS:
         raise UserError(f"--group {cfg.group}: the groups are {', '.join(GROUPS)}")
+    if cfg.plot:
+        if cfg.group not in PLOTTED:
+            raise UserError(f"--plot: of group {cfg.group} no curves are kept; {', '.join(PLOTTED)} has some")
+        print(plot(cfg.group, json.loads((RESULTS / f"{cfg.group}.json").read_text(encoding="utf-8"))))
+        return
     if not cfg.table:
         run_group(cfg.group, cfg.only, cfg.jobs)
     for line in table(cfg.group, json.loads((RESULTS / f"{cfg.group}.json").read_text(encoding="utf-8"))):

@@ -10,6 +10,11 @@ run     python scripts/generate_data.py --model out/full_sft --samples 4 --out a
 The answers come from a checkpoint folder, or with --url from any server that speaks OpenAI's protocol (its key in the
 environment variable that --api_key_env names). An answer is written as soon as it is there, as one line in one of the
 two files; started again, the same command asks only for those that are in neither.
+
+With --constitution the model improves its answers by itself before they are kept (Bai et al. 2022, arXiv:2212.08073,
+section 3): it drafts an answer, says what is wrong with it under one principle of the file, and revises it; the record
+has the revision, and beside it, under "constitution", the question, the draft and the critique.
+      python scripts/generate_data.py --model my_model --constitution builtin --out revised.jsonl
 """
 
 import pathlib
@@ -35,6 +40,8 @@ class Config:
     limit: int = arg(0, "ask only the first so many prompts; 0 = all")
     samples: int = arg(1, "answers to every prompt")
     system: str = arg("", "system message for prompts that have none; it becomes part of the conversations")
+    constitution: str = arg("", "principles (eval/constitution.py says how to write them), or builtin: every answer is "
+                            "criticised under one of them, drawn by weight, and revised")
     thinking: bool = arg(False, "let the model think first, where its chat template can")
     temperature: float = arg(0.8, "randomness; 0 always takes the likeliest token")
     top_p: float = arg(1.0, "sample from the likeliest tokens that together have this probability; 1 = all")
@@ -81,6 +88,11 @@ REFUSED = {400, 413, 422}                                       # this prompt is
 MOST_BYTES = 1 << 24                                            # of a reply
 LONGEST_WAIT = 60.0                                             # seconds between two attempts
 SAY_EVERY = 10.0                                                # seconds between two lines of progress
+CRITIQUE = ("Look at your answer once more. {question} For a good answer, that is answered with {answer}. Say in a few "
+            "sentences what about your answer can be made better in this respect.")
+REVISION = ("Now answer the request before that again, with what you found made better. Write nothing but the new "
+            "answer.")
+ROUNDS = ("draft", "critique", "revision")
 
 
 @dataclass
@@ -89,6 +101,7 @@ class Task:
     id: str
     record: dict                # a prompt as dataset/jsonl.py reads it: messages, tools, answer, checker
     number: int                 # stands for (prompt, sample) in random draws
+    principle: object = None    # with a constitution: the one under which the answer is criticised and revised
 
 
 @dataclass
@@ -97,6 +110,7 @@ class Reply:
     message: dict
     finish_reason: str = "stop"
     problem: str = ""
+    earlier: tuple = ()         # with a constitution: the draft and the critique, two messages
 
 
 # --- what to ask
@@ -105,6 +119,11 @@ class Reply:
 def tasks(cfg, done):
     """Every answer that is not in `done` (ids, to which these are added), prompt after prompt."""
     path = resolve(cfg.data, "prompts")
+    principles = []
+    if cfg.constitution:
+        from eval.constitution import read_constitution          # here: it takes seconds, and a server is asked without
+        principles = read_constitution(cfg.constitution)
+    weights = [principle.weight for principle in principles]
     for record in itertools.islice(jsonl.records(path, "prompt", cfg.on_bad_record), cfg.limit or None):
         messages = record["messages"]
         if cfg.system and messages[0]["role"] != "system":
@@ -114,7 +133,40 @@ def tasks(cfg, done):
             name = f"{prompt}-{sample}"
             if name not in done:                                # a prompt that the data repeats is asked once
                 done.add(name)
-                yield Task(name, record, int(prompt, 16) * 2**16 + sample)
+                principle = random.Random(name).choices(principles, weights)[0] if principles else None
+                yield Task(name, record, int(prompt, 16) * 2**16 + sample, principle)
+
+
+def conversation(task, said):
+    """The messages that ask for what comes after `said`: nothing, the draft, or the draft and the critique."""
+    messages = task.record["messages"]
+    if not said:
+        return messages
+    question = task.principle.question.replace("{prompt}", messages[-1]["content"])
+    critique = CRITIQUE.replace("{answer}", task.principle.answer).replace("{question}", question)
+    for message, request in zip(said, (critique, REVISION), strict=False):
+        messages = [*messages, message, {"role": "user", "content": request}]
+    return messages
+
+
+def take(task, said, reply):
+    """The Reply that ends a task, or None: it is a draft or a critique, which is now in `said`, and more is to come."""
+    if not task.principle or len(said) == 2 or reply.problem:
+        reply.earlier = tuple(said)
+        return reply
+    name = ROUNDS[len(said)]
+    try:
+        message = jsonl.parse_message(reply.message, name, [])
+    except jsonl.BadRecord as error:
+        return Reply({}, problem=f"malformed {name} ({error})")
+    for problem, found in ((f"{name} too long", reply.finish_reason == "length"),
+                           (f"{name} filtered by the server", reply.finish_reason == "content_filter"),
+                           (f"{name} calls a tool", message.get("tool_calls")),
+                           (f"empty {name}", not spelled(message).strip())):
+        if found:
+            return Reply({}, reply.finish_reason, problem)
+    said.append(message)
+    return None
 
 
 # --- who answers: each is an iterator of (task, reply) in any order
@@ -130,19 +182,27 @@ def answers_of_model(cfg, wanted):
     model, tokenizer = load_model(folder, device, devices.pick_dtype(cfg.dtype, device))
     params = SamplingParams(cfg.max_new_tokens, cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
     opened = "<think>" if cfg.thinking else ""                  # the template writes it; the model goes on behind it
-    while some := list(itertools.islice(wanted, cfg.batch_size)):
-        prompts = []
-        for task in some:
-            ids, _ = tokenizer.render(task.record["messages"], task.record["tools"], add_generation_prompt=True,
-                                      enable_thinking=cfg.thinking or None)      # False would write an empty thought
-            prompts.append(ids)
-        fits = [len(ids) < model.config.max_position_embeddings for ids in prompts]
-        yield from ((task, Reply({}, problem="prompt too long"))
-                    for task, ok in zip(some, fits, strict=True) if not ok)
-        some, prompts = list(itertools.compress(some, fits)), list(itertools.compress(prompts, fits))
-        completions = generate(model, prompts, params, tokenizer, numbers=[task.number for task in some])
-        for task, (completion,) in zip(some, completions, strict=True):
-            yield task, Reply({"role": "assistant", "content": opened + completion.text}, completion.finish_reason)
+    while some := [(task, []) for task in itertools.islice(wanted, cfg.batch_size)]:
+        while some:                                             # once, with a constitution three times
+            prompts = []
+            for task, said in some:
+                ids, _ = tokenizer.render(conversation(task, said), task.record["tools"], add_generation_prompt=True,
+                                          enable_thinking=cfg.thinking or None)  # False would write an empty thought
+                prompts.append(ids)
+            fits = [len(ids) < model.config.max_position_embeddings for ids in prompts]
+            yield from ((task, Reply({}, problem="prompt too long"))
+                        for (task, _), ok in zip(some, fits, strict=True) if not ok)
+            some, prompts = list(itertools.compress(some, fits)), list(itertools.compress(prompts, fits))
+            numbers = [task.number + (len(said) << 80) for task, said in some]          # other draws in every round
+            completions = generate(model, prompts, params, tokenizer, numbers=numbers)
+            asked, some = some, []
+            for (task, said), (completion,) in zip(asked, completions, strict=True):
+                message = {"role": "assistant", "content": opened + completion.text}
+                reply = take(task, said, Reply(message, completion.finish_reason))
+                if reply:
+                    yield task, reply
+                else:
+                    some.append((task, said))
 
 
 def answers_of_server(cfg, wanted):
@@ -182,11 +242,18 @@ class Server:
         self.model = cfg.model if cfg.model != Config.model else self.send("/models")["data"][0]["id"]
 
     def ask(self, task):
-        """The Reply to a task."""
+        """The Reply to a task: one request, with a constitution three."""
+        said = []
+        while not (reply := take(task, said, self.ask_once(task, said))):
+            pass
+        return reply
+
+    def ask_once(self, task, said):
+        """The Reply to one request."""
         cfg, record = self.cfg, task.record
-        body = {"model": self.model, "messages": [to_openai(message) for message in record["messages"]],
+        body = {"model": self.model, "messages": [to_openai(message) for message in conversation(task, said)],
                 "temperature": cfg.temperature, "top_p": cfg.top_p, "max_tokens": cfg.max_new_tokens,
-                "seed": (cfg.seed + task.number) % 2**31}
+                "seed": (cfg.seed + task.number + len(said)) % 2**31}
         if record["tools"]:
             body["tools"] = record["tools"]
         if cfg.thinking:
@@ -292,6 +359,9 @@ class Answers:
         entry = {"id": task.id, "conversations": conversation}
         if task.record["tools"]:
             entry["tools"] = task.record["tools"]
+        if reply.earlier:
+            draft, critique = map(spelled, reply.earlier)
+            entry["constitution"] = {**asdict(task.principle), "draft": draft, "critique": critique}
         if reason:
             entry = {"id": task.id, "reason": reason, "finish_reason": reply.finish_reason, **entry}
         else:
@@ -381,8 +451,8 @@ def claim(cfg):
             path.unlink(missing_ok=True)
     if record.exists():
         then = json.loads(record.read_text(encoding="utf-8"))
-        changed = [f"--{name} {then.get(name)} → {value}" for name, value in settings.items()
-                   if then.get(name) != value]
+        then = {name: then.get(name, getattr(Config, name)) for name in settings}      # a flag that came later
+        changed = [f"--{name} {then[name]} → {value}" for name, value in settings.items() if then[name] != value]
         if changed:
             raise UserError(f"{out} holds answers to other settings ({', '.join(changed)}); use the same settings to "
                             "continue, another --out, or --overwrite to start over")

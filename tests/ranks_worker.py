@@ -31,10 +31,10 @@ class Killed(BaseException):
 
 
 def run_job(folder, name, script, flags, die_at=None):
-    """Train in this process; returns what is kept."""
+    """Train in this process; returns what is kept. Of a script that updates two models (PPO), gradients take turns."""
     script = importlib.import_module(f"trainer.{script}")
-    update, batches, wrap = script.optimizer_step, script.batches, parallel.wrap
-    seen = {"gradients": [], "rows": []}
+    update, batches, wrap = script.optimizer_step, getattr(script, "batches", None), parallel.wrap
+    seen, weights = {"gradients": [], "rows": []}, {}
 
     def keep(model, *args):
         seen["gradients"].append(torch.cat([full(p.grad).flatten() for p in model.parameters() if p.requires_grad]))
@@ -42,7 +42,8 @@ def run_job(folder, name, script, flags, die_at=None):
         if len(seen["gradients"]) == die_at:
             raise Killed
         norm = update(model, *args)
-        seen["weights"] = torch.cat([full(p.detach()).flatten() for p in model.parameters()])
+        weights[id(model)] = torch.cat([full(p.detach()).flatten() for p in model.parameters()])
+        seen["weights"] = torch.cat(list(weights.values()))
         return norm
 
     def watch(*args):
@@ -56,7 +57,7 @@ def run_job(folder, name, script, flags, die_at=None):
             p.data += int(os.environ.get("RANK", 0))
         return wrap(model, *args)
 
-    with (mock.patch.multiple(script, optimizer_step=keep, batches=watch),
+    with (mock.patch.multiple(script, optimizer_step=keep, **({"batches": watch} if batches else {})),
           mock.patch.object(parallel, "wrap", wrap_another),
           mock.patch.object(curves, "report"), mock.patch.object(devices, "matmul_peak", lambda *_: 1e12)):   # slow
         try:

@@ -51,12 +51,12 @@ def cfg(**changes):
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ():
-    order = [row for step in range(1, 11) for row in rows_of_step(row_stream(Rows(40), 3), cfg(), step, 80)]
+    order = [row for step in range(1, 11) for row in rows_of_step(row_stream(Rows(40), 3), cfg().batch_size, step, 80)]
     assert sorted(order[:40]) == sorted(order[40:]) == list(range(40)) and order[:40] != order[40:]
 
 
 def test_the_last_step_stops_where_the_data_does():
-    assert [len(rows_of_step(row_stream(Rows(20), 3), cfg(), step, 20)) for step in (1, 2, 3)] == [8, 8, 4]
+    assert [len(rows_of_step(row_stream(Rows(20), 3), cfg().batch_size, step, 20)) for step in (1, 2, 3)] == [8, 8, 4]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -11,6 +11,7 @@ import pytest
 
 from dataset import jsonl
 from dataset.builtin import generate, stories
+from dataset.builtin.practice import PRACTISED
 from dataset.builtin.checkers import check
 from dataset.builtin.skills import SKILLS, draw, draw_all
 from dataset.builtin.world import FACTS, PEOPLE, VALUES, WORDS, split_of, value_of
@@ -19,9 +20,12 @@ from model.tokenizer import Tokenizer
 
 SIZES = {"pretrain": 3000, "pretrain_little": 20, "sft": 3000, "prompts": 60, "skills_val": 20, "skills_test": 40,
          "traces": 300, "traces_direct": 200, "reason_val": 20, "reason_test": 40,
+         "practice": 60, "practice_val": 20, "practice_test": 20,
+         "agent": 300, "agent_prompts": 20, "agent_val": 10, "agent_test": 20,
          "persona": 200, "persona_val": 20, "persona_test": 40,
          "judgements": 100, "judgements_test": 100, "preferences": 60, "preferences_more": 60,
-         "preferences_val": 40, "preferences_test": 40}
+         "preferences_val": 40, "preferences_test": 40, "preferences_few": 20, "manners": 60, "manners_val": 40,
+         "manners_test": 40}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +49,9 @@ def training_lines(files):
 def test_every_kind_is_tested_and_read_by_the_datasets(files):
     assert set(SIZES) == set(generate.KINDS)
     shapes = {"pretrain": "text", "pretrain_little": "text", "sft": "messages", "persona": "messages",
-              "traces": "messages", "traces_direct": "messages", "judgements": "messages",
+              "traces": "messages", "traces_direct": "messages", "agent": "messages", "judgements": "messages",
               "judgements_test": "messages", "preferences": "chosen", "preferences_more": "chosen",
+              "preferences_few": "chosen",
               "preferences_val": "chosen", "preferences_test": "chosen"}
     for kind, path in files.items():
         records = list(jsonl.records(path))
@@ -348,3 +353,33 @@ def test_checkers(name, expected, right, wrong):
 def test_unknown_checker_is_named():
     with pytest.raises(UserError, match="phrase"):
         check("eval", "1", "1")
+
+
+# --- practice
+
+def test_what_is_practised_was_never_taught_and_is_held_out_by_word(files, training_lines):
+    assert not PRACTISED.keys() & SKILLS.keys()
+    keys = {split: {item.key for name in PRACTISED for item in draw_all(random.Random(1), name, split, 60, PRACTISED)}
+            for split in ("train", "val", "test")}
+    assert not keys["train"] & keys["val"] and not keys["train"] & keys["test"] and not keys["val"] & keys["test"]
+    for name in ("practice", "practice_val", "practice_test"):
+        assert not training_lines & {record["messages"][0]["content"] for record in jsonl.records(files[name])}
+
+
+def test_the_first_prompts_to_practise_hold_every_skill(files):
+    first = [record["skill"] for record in jsonl.records(files["practice"])][:40]
+    assert set(first) == PRACTISED.keys()
+
+
+@pytest.mark.parametrize("name", PRACTISED)
+def test_practised_exercises_are_right(name):
+    rng = random.Random(3)
+    for level in range(1, PRACTISED[name].levels + 1):
+        for _ in range(20):
+            item = draw(rng, name, "train", level, PRACTISED)
+            word = item.key.removeprefix("word:")
+            assert 6 <= len(word) <= 9 and check(item.checker, item.reply, item.answer)
+            letter = re.search(r"(?:Count|How many times is) (\w) ", item.question)
+            right = {"reverse_long": word[::-1], "upper_case_long": word.upper(), "copy_long": word, "spell_long": word,
+                     "count_letter_long": str(word.count(letter[1])) if letter else ""}[name]
+            assert check(item.checker, right, item.answer)

@@ -55,6 +55,8 @@ def test_a_run_killed_at_its_very_end_is_summed_up_once(documents, tmp_path, mon
         pretrain(documents, tmp_path / "cut")
     assert curves.read(tmp_path / "cut")[-1]["final"]
     summary = pretrain(documents, tmp_path / "cut")
+    for entry in (*summary["curve"], *whole["curve"]):
+        del entry["minutes"]
     assert summary["curve"] == whole["curve"] and summary["tokens"] == whole["tokens"]
     assert len(curves.read(tmp_path / "cut")) == len(curves.read(tmp_path / "whole"))
 

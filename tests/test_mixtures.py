@@ -130,7 +130,7 @@ def test_a_place_is_the_same_however_one_comes_to_it():
 def test_ranks_share_the_steps_of_a_mixture():
     data, cfg = mixture(a=(30, 0.7), b=(4, 0.3)), SimpleNamespace(seed=3, batch_size=7)
     for step in (1, 5, 143, 144):
-        rows = rows_of_step(row_stream(data, 3), cfg, step, 10_000)
+        rows = rows_of_step(row_stream(data, 3), cfg.batch_size, step, 10_000)
         for world_size in (1, 2, 3):
             found = [int(row) for rank in range(world_size)
                      for batch in share_of_rank(Rows(data), rows, rank, world_size, 2)

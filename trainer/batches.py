@@ -54,9 +54,9 @@ def row_stream(data, seed):
     return row
 
 
-def rows_of_step(stream, cfg, step, last_place):
-    """Row numbers of one step over all ranks: batch_size of them, fewer where the stream ends at `last_place`."""
-    return [stream(place) for place in range((step - 1) * cfg.batch_size, min(step * cfg.batch_size, last_place))]
+def rows_of_step(stream, size, step, last_place):
+    """Row numbers of one step over all ranks: `size` of them, fewer where the stream ends at `last_place`."""
+    return [stream(place) for place in range((step - 1) * size, min(step * size, last_place))]
 
 
 def share_of_rank(data, rows, rank, world_size, micro_batch_size):
@@ -90,7 +90,7 @@ def batches(data, cfg, run, start):
     step, stream = start, row_stream(data, cfg.seed)
     while step < run.total_steps and not run.stop_requested():
         step += 1
-        rows = rows_of_step(stream, cfg, 1 if cfg.overfit_batch else step, run.last_place)
+        rows = rows_of_step(stream, cfg.batch_size, 1 if cfg.overfit_batch else step, run.last_place)
         micro_batches = share_of_rank(data, rows, run.rank, run.world_size, cfg.micro_batch_size)
         num_items = run.sum_over_ranks(sum(data.count(batch) for batch in micro_batches))
         if num_items:

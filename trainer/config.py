@@ -83,6 +83,42 @@ class FineTuneConfig(TrainConfig):
     chat_template: str = arg("", "chatml or a Jinja file in place of the checkpoint's own template")
 
 
+@dataclass
+class RLConfig(FineTuneConfig):
+    """What the stages of reinforcement learning share: a policy answers prompts, and learns from how it is judged."""
+    lr: float = arg(2e-4, "peak learning rate: 2e-4 suits nano, 1e-6 (LoRA 1e-5) models of a billion parameters")
+    schedule: str = arg("constant", "after warm-up: wsd (flat, then down), cosine or constant",
+                        choices=("wsd", "cosine", "constant"))
+    warmup_steps: int = arg(10, "steps of linear warm-up from 0")
+    weight_decay: float = arg(0.0, "decay of matrices (never of norm gains and biases)")
+    batch_size: int = arg(256, "completions per step, over all ranks")
+    num_generations: int = arg(8, "completions of each prompt")
+    max_new_tokens: int = arg(64, "longest completion in tokens, where a prompt does not ask for fewer")
+    temperature: float = arg(1.0, "sampling temperature; the loss is taken at the same one")
+    minibatches: int = arg(1, "optimizer steps that the completions of a step are dealt to")
+    inner_epochs: int = arg(1, "passes over the completions of a step")
+    reward: str = arg("checker", "how completions are judged: checker, or several as checker:1,format:0.2, a reward "
+                      "model's folder, FILE.py:FUNCTION; random and constant are controls")
+    evaluator: str = arg("", "with --reward constitution:FILE: the yes/no evaluator, a folder of train_reward.py")
+    calibrate: str = arg("empty", "with a constitution: what is taken off an answer's score: that of an empty one, of "
+                         "its words shuffled, or nothing", choices=("empty", "shuffled", "none"))
+    replay: float = arg(1.0, "weight of the loss on --replay_data, lest what is not practised be forgotten; 0 = off")
+    replay_data: str = arg("", "conversations or text for that; empty: the built-in world's if the prompts are its own")
+    replay_rows: int = arg(8, "rows of them per optimizer step, over all ranks")
+    rollout_dtype: str = arg("auto", "weights that sample: auto (bfloat16 where it is fast) or float32",
+                             choices=("auto", "float32", "bfloat16"))
+    rescore: bool = arg(False, "compute the old log-probabilities again with the model that is trained, in place of "
+                        "those of sampling")
+    min_pass: float = arg(0.05, "refuse to start where fewer of the start policy's completions are right; 0 = never")
+    gate_prompts: int = arg(64, "prompts that are tried before the start")
+    pass_k: int = arg(8, "completions of each held-out prompt from which pass@k is estimated; 0 = greedy answers only")
+    eval_every: int = arg(20, "steps between held-out evaluations; 0 = only at the end")
+    eval_rows: int = arg(200, "held-out prompts of the evaluations on the way; the last one takes all")
+    sample_every: int = arg(50, "steps between printed samples; 0 = none")
+    save_every: int = arg(20, "steps between saves; a killed run continues from the last one")
+    log_every: int = arg(5, "steps between progress lines")
+
+
 MINIMIND_FLAGS = {   # what MiniMind users type: what answers it here
     "from_resume": "the same command again continues an unfinished run by itself",
     "use_wandb": "it is --tracker swanlab or --tracker wandb",
@@ -103,9 +139,10 @@ MINIMIND_FLAGS = {   # what MiniMind users type: what answers it here
     "tokenizer_path": "it is --tokenizer nano|base|FOLDER, at pretraining only",
     "lora_name": "it is --out FOLDER of train_lora.py",
     "num_generations": "it belongs to the stages that sample (train_grpo.py …), under the same name",
+    "update_old_actor_freq": "not needed: what is learnt from is always sampled by the policy of this step",
     "max_gen_len": "it is --max_new_tokens of the stages that sample (train_grpo.py …)",
     "reasoning": "not needed: a stage thinks before it answers where its data and its model do (train_reason.py)",
-    "reward_model_path": "it is --reward_model FOLDER of the stages that sample (train_grpo.py …)",
+    "reward_model_path": "it is --reward FOLDER of the stages that sample (train_grpo.py …)",
     "student_hidden_size": "it is --size LAYERSxWIDTH for a new student, or --model FOLDER",
     "student_num_layers": "it is --size LAYERSxWIDTH for a new student, or --model FOLDER",
     "student_use_moe": "it is --size moe for a new student, or --model FOLDER",

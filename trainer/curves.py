@@ -19,6 +19,7 @@ import sys
 if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])   # the project root, not trainer/
 
+import fnmatch
 import json
 import math
 import statistics
@@ -54,8 +55,8 @@ def read(folder):
 
 
 def held_out(entries):
-    """The evaluations among `entries`: [{"step", "tokens", "loss", "bits_per_byte" or "accuracy" …}]."""
-    return [{"step": entry["step"], "tokens": entry["tokens"],
+    """The evaluations among `entries`: [{"step", "tokens", "minutes", "loss", "bits_per_byte" or "accuracy" …}]."""
+    return [{**{name: entry[name] for name in ("step", "tokens", "minutes") if name in entry},
              **{name.removeprefix("val_"): value for name, value in entry.items()
                 if name.startswith("val_") and isinstance(value, int | float)}}
             for entry in entries if "val_loss" in entry]
@@ -178,11 +179,57 @@ def bands(columns, name):
 def report(folder):
     """Draw the curves of a run folder into its curves.png, and say where it lies if an expected curve fits it."""
     entries, summary = read(folder), read_summary(folder)
+    if any("reward" in entry for entry in entries):
+        draw_dashboard(entries, folder)
+        return
     band = expected(summary) if summary else []
     draw(entries, pathlib.Path(folder), band)
     line = verdict(held_out(entries), band)
     if line:
         print(f"    {line}", flush=True)
+
+
+# The panels of a run that samples: title -> (what is drawn, None = 0 to as much as there is, or the limits).
+DASHBOARD = {
+    "held out: accuracy": (("val_accuracy", "val_pass_1", "val_pass_*"), (0, 1)),
+    "reward, as trained on": (("reward", "reward_*", "val_reward"), None),
+    "entropy, nats per token": (("val_entropy",), None),
+    "KL to the policy before training": (("val_kl", "kl_to_ref"), None),
+    "clipped tokens": (("clip_low", "clip_high"), None),
+    "|log ratio| of sampling and scoring": (("log_ratio", "max_log_ratio"), None),
+    "prompts that teach nothing; different answers": (("degenerate", "unique"), (0, 1)),
+    "tokens of a completion": (("length", "val_length"), None),
+    "cut off; explained variance of the critic": (("truncated", "val_truncated", "explained_variance"), None),
+    "canaries, and the reward of the policy": (("val_canary_*", "val_reward"), None),
+}
+
+
+def draw_dashboard(entries, folder):
+    """Write folder/curves.png of a run of reinforcement learning: what trainer/dashboard.py watches, over the steps."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    for axis, (title, (patterns, limits)) in zip(figure.subplots(4, 3).flat, DASHBOARD.items(), strict=False):
+        shown = [name for pattern in patterns for name in names if fnmatch.fnmatch(name, pattern)
+                 and not name.endswith(("_interval", "_std", "_wins"))]
+        for name in dict.fromkeys(shown):
+            points = [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
+            line, = axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else "", linewidth=1.2,
+                              label=name.removeprefix("val_") + (", held out" if name.startswith("val_") else ""))
+            bands = [(entry["step"], *entry[f"{name}_interval"]) for entry in entries if f"{name}_interval" in entry]
+            if bands:
+                axis.fill_between(*zip(*bands, strict=True), color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+        if limits:
+            axis.set_ylim(*limits)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=7)
+    for axis in figure.axes[len(DASHBOARD):]:
+        axis.remove()
+    figure.suptitle(str(folder))
+    figure.savefig(pathlib.Path(folder, "curves.png"), dpi=110)
 
 
 def draw(entries, folder, band=()):

@@ -144,3 +144,125 @@ def kto_loss(ratios, desirable, baseline, beta, weight_desirable=1.0, weight_und
 def kl_baseline(mean_ratio):
     """z0 = max(0, mean h of mismatched pairs): how far the policy went from the reference on text unlike the labels."""
     return max(0.0, mean_ratio)
+
+
+# --- reinforcement learning: of N sampled completions, per token: (N, T) float32 in and out, position t about token t
+# as in model.logprobs. logprobs: of the policy π that learns; old_logprobs: as sampled, by π_old; ref_logprobs: of a
+# frozen reference; make all three 0 where the completion mask is: a ratio there is 1, and nothing overflows. Ratio
+# w_t = π(y_t | …) / π_old(y_t | …). Advantages (trainer/credit.py) are (N,), one for all tokens of a row, or (N, T);
+# no gradient goes through them.
+
+
+def clipped_objective(logprobs, old_logprobs, advantages, clip_low, clip_high):
+    """L_t = - min(w_t A, clip(w_t, 1 - ε_low, 1 + ε_high) A)  (PPO, Schulman et al. 2017, arXiv:1707.06347, eq. 7;
+    ε_high > ε_low, "clip-higher": DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 10).
+
+    Returns (losses, low, high), each (N, T): a loss is flat where low (A < 0 and w below the range) or high (A > 0 and
+    w above it) is True: the token is already as much rarer or likelier as one batch of samples may make it. At w = 1
+    the gradient is that of - A log π: the policy gradient.
+    """
+    ratio, advantages = (logprobs - old_logprobs).exp(), per_token(advantages)
+    losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    return losses, (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
+
+
+def sequence_clipped_objective(logprobs, old_logprobs, advantages, mask, clip_low, clip_high):
+    """L = - min(s A, clip(s, 1 - ε_low, 1 + ε_high) A) with s = exp( Σ_t m_t log w_t / Σ_t m_t ): one ratio for a whole
+    completion, the geometric mean of its tokens'  (GSPO, Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7).
+
+    Returns what `clipped_objective` does, (N, T) with the same number at all tokens of a row: reduced by "sequence" it
+    counts once. advantages (N,). s moves far less than a token's ratio: ε is of the order of 3e-4.
+    """
+    log_ratio = (logprobs - old_logprobs) * mask                        # (N, T)
+    log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return clipped_objective(log_ratio.expand_as(mask), torch.zeros_like(logprobs), advantages, clip_low, clip_high)
+
+
+def cispo_objective(logprobs, old_logprobs, advantages, cap):
+    """L_t = - sg(min(w_t, cap)) A log π(y_t | …), sg: no gradient goes through  (CISPO, MiniMax 2025, arXiv:2506.13585,
+    eq. 4 and 5, where cap is 1 + ε_high): what is bounded is the weight of a token, never its gradient.
+
+    Returns what `clipped_objective` does: high (N, T) is True where the cap held the weight, low nowhere.
+    """
+    ratio = (logprobs - old_logprobs).detach().exp()
+    high = ratio > cap
+    return -ratio.clamp(max=cap) * per_token(advantages) * logprobs, torch.zeros_like(high), high
+
+
+def per_token(advantages):
+    """Advantages (N,) or (N, T) as (N, 1) or (N, T), without gradient."""
+    advantages = advantages.detach()
+    return advantages[:, None] if advantages.dim() == 1 else advantages
+
+
+def token_weights(mask, how, length=0):
+    """What each token counts (N, T), mask (N, T) 1 = sampled: a step's loss is  Σ weights · losses / num_items,  where
+    num_items is a number over all micro-batches and ranks, so that the loss does not depend on the split.
+
+    "token"     m                num_items = Σ m     every token counts the same, a long completion more (DAPO, PPO)
+    "sequence"  m / Σ_t m        num_items = N       every completion counts the same, its tokens share (GRPO, GSPO)
+    "constant"  m / length       num_items = N       nothing depends on how long a completion came out (Dr. GRPO, Liu
+                                                     et al. 2025, arXiv:2503.20783); length: the longest it may be
+    N counts the completions that have tokens; one without adds 0 and is never NaN.
+    """
+    mask = mask.float()
+    if how == "token":
+        return mask
+    if how == "sequence":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1)
+    if how == "constant":
+        return mask / length
+    raise ValueError(f"how={how!r}: expected token, sequence or constant")
+
+
+def count_items(mask, how):
+    """This micro-batch's part of the num_items of `token_weights`: the sum over all of them divides the loss."""
+    return int(mask.sum()) if how == "token" else int(mask.any(1).sum())
+
+
+def k1(logprobs, ref_logprobs):
+    """k1 = log π - log ref: of samples of π, its mean is KL(π‖ref)  (Schulman 2020, "Approximating KL divergence").
+
+    What a reward may pay for (detached, `token_rewards`). Never a loss: E[∇k1] = E[∇ log π] = 0, whatever ref is.
+    """
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs, ref_logprobs):
+    """k2 = (log π - log ref)² / 2: near KL(π‖ref) while the two are close (off by third order).
+
+    As a loss on samples of π itself it is right, E[∇k2] = E[(log π - log ref) ∇ log π] = ∇KL(π‖ref): after the first
+    step on a batch, whose samples are π_old's, it no longer is.
+    """
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def k3(logprobs, ref_logprobs):
+    """k3 = ref/π - 1 - log(ref/π): of samples of π, its mean is KL(π‖ref), each is ≥ 0, and the variance is low.
+
+    The estimate to log. As a loss on samples of π it is another divergence's, E[∇k3] = ∇KL(ref‖π), although GRPO
+    (Shao et al. 2024, arXiv:2402.03300, eq. 4) uses it so.
+    """
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def policy_kl_loss(logprobs, old_logprobs, ref_logprobs):
+    """w k3, its gradient through both factors: of samples of π_old its mean is KL(π‖ref) of the next token, whatever π
+    has become since, hence so is its gradient  (DeepSeek-V3.2, arXiv:2512.02556, section 3.1).
+
+    The penalty to add to a loss, with a small weight β. k2 is right for the first step on a batch alone, k3 for none.
+    What no per-token loss sees: that a token also leads to places where π and ref differ. A KL in the reward does.
+    """
+    return (logprobs - old_logprobs).exp() * k3(logprobs, ref_logprobs)
+
+
+def value_loss(values, old_values, returns, clip):
+    """L_t = ½ max( (V - R)², (clip(V, V_old - ε, V_old + ε) - R)² )  (PPO's value clipping: Engstrom et al. 2020,
+    arXiv:2005.12729, section 3).
+
+    V(s_t) is the value of the state before token t, `old_values` what it was when the completion was sampled, R the
+    returns of `gae`. ε in units of the reward; inf: no clipping. Flat where V has come more than ε nearer to R.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2

@@ -174,18 +174,20 @@ class Rehearsal:
     row_bytes: float         # activations of a row, and a block's share of their gradients
     fixed_bytes: float       # what a forward pass keeps besides, such as weights in the format of the products
     loss: float              # of the first batch, nats per target
+    sampling_seconds: float = 0.0          # of what a step samples first
 
 
-def rehearse(run, model, wrapped, optimizers, loss_of, room):
+def rehearse(run, model, wrapped, optimizers, loss_of, room, batch=None):
     """Run the first step of this rank once more and once less: find the micro-batch that fits, and time it.
 
     loss_of(batch) → (summed loss, parts), the forward pass of the script; room: bytes free for activations. With
     --micro_batch_size 0 the whole share of the rank is taken if it fits; else the largest number that does: found on
     CUDA by trying and halving, with one row more than is used, elsewhere (and where weights are sharded, since no rank
     can fail alone there) from the bytes of a row. All ranks take the same. UserError when not even one row fits.
+    batch: this rank's rows, where they are not those of the data but still to be sampled.
     """
     cfg = run.cfg
-    batch = share_of_rank(run.train, first_rows(run), run.rank, run.world_size, 0)[0]
+    batch = batch or share_of_rank(run.train, first_rows(run), run.rank, run.world_size, 0)[0]
     share = len(batch["input_ids"])
     wanted = min(cfg.micro_batch_size or share, share)
     sharded = parallel.is_sharded(cfg, run.world_size)
@@ -239,12 +241,12 @@ def rehearse(run, model, wrapped, optimizers, loss_of, room):
             done = trial(even) or done                 # what a trial on a CPU takes that long for, a step will, too
         loss, seconds = done
         _, update_seconds = timed(run.device, functools.partial(update, optimizers))
-    return Rehearsal(even, seconds, update_seconds, row_bytes, fixed_bytes, loss)
+    return Rehearsal(even, seconds, update_seconds, row_bytes, fixed_bytes, loss, run.sampling_seconds)
 
 
 def first_rows(run):
     """Row numbers of the first step, over all ranks."""
-    return rows_of_step(row_stream(run.train, run.cfg.seed), run.cfg, 1, run.last_place)
+    return rows_of_step(row_stream(run.train, run.cfg.seed), run.rows_per_step, 1, run.last_place)
 
 
 @contextlib.contextmanager
@@ -394,14 +396,20 @@ def report(run, lasting, there, rehearsal, steps):
     cost = f" for {run.planned_minutes / 60 * cfg.price_per_hour:,.2f}" if cfg.price_per_hour else ""
     lines.append(f"  time    about {minutes}{cost}: {steps:,} steps of {seconds:.3g} s, {rehearsal.rows} rows at once"
                  f"{each}, and evaluation")
-    if cfg.overfit_batch:
+    if cfg.overfit_batch and hasattr(cfg, "num_generations"):
+        lines.append("  check   the prompts of one batch again and again: their reward must rise to the highest one")
+    elif cfg.overfit_batch:
         lines.append(f"  check   one batch again and again: its loss, now {rehearsal.loss:.4f} (a uniform guess has "
                      f"ln V = {math.log(run.model.config.vocab_size):.4f}), must go to zero")
     return lines
 
 
-def overfit_verdict(loss, step):
-    """What --overfit_batch has shown."""
+def overfit_verdict(metrics, step):
+    """What --overfit_batch has shown, by the last line of the log."""
+    if "reward" in metrics:
+        return (f"one batch of prompts: mean reward {metrics['reward']:.4f} after {step:,} steps; well below the "
+                "highest there is, raise --max_steps or --lr")
+    loss = metrics.get("loss", math.nan)
     if loss < LEARNT_BY_HEART:
         return f"one batch: loss {loss:.4f} after {step:,} steps, learnt by heart, as it should be"
     return (f"one batch: loss {loss:.4f} after {step:,} steps, NOT learnt by heart; raise --max_steps or --lr, and if "
@@ -411,7 +419,7 @@ def overfit_verdict(loss, step):
 def step_seconds(cfg, world_size, rehearsal):
     """Expected seconds of an optimizer step."""
     share = -(-cfg.batch_size // world_size)
-    return -(-share // rehearsal.rows) * rehearsal.seconds + rehearsal.update_seconds
+    return -(-share // rehearsal.rows) * rehearsal.seconds + rehearsal.update_seconds + rehearsal.sampling_seconds
 
 
 def expected(cfg, run, rehearsal):

@@ -5,6 +5,7 @@
 knows an objective: what is averaged over says `data.count`, what is measured on held-out rows `run.measure`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -72,11 +73,15 @@ class Run:
         # measure(model, data, tokenizer, device, max_rows, rank, world_size) -> held-out figures: "loss", the headline,
         # its "…_interval" and any more
         self.measure, self.headline = evaluate_loss, "bits_per_byte"
-        self.total_steps = self.last_place = 0
+        self.shown_notes = ()                  # which of the notes have a column on the screen
+        self.total_steps = self.last_place = self.rows_per_step = 0
+        self.sampling_seconds = 0.0            # of a step's rollout, where the script samples
+        self.keeps = {}                        # what else a continued run needs: name -> object with a state_dict
         self.tokens, self.earlier_seconds, self.budget_fitted = 0, 0.0, False
         self.aside = 0.0                       # seconds spent on evaluation, samples and saving since the last log line
         self.seconds_per_row = 0.0             # of a held-out evaluation
         self.sums, self.window_items, self.window_tokens = {}, 0, 0         # since the last log line: on this rank
+        self.notes = {}                        # name -> figures of the steps since then, equal on all ranks
         self.window_steps, self.window_seconds = 0, 0.0                     # and in earlier parts of the run
         self.train_seconds = 0.0               # in the steps of all lines so far: no evaluation, samples or saving
         self.window_start = self.step_start = time.perf_counter()
@@ -202,12 +207,12 @@ class Run:
         default = next(field.default for field in dataclasses.fields(self.cfg) if field.name == "model")
         return ROOT / folder if folder == default and not Path(folder).exists() else folder
 
-    def load_model(self, adapter=None, load=load_model, **of_adapter):
+    def load_model(self, adapter=None, load=load_model, folder="", **of_adapter):
         """(model, tokenizer) of --model, with --chat_template, and either trained whole or, frozen and perhaps in few
         bits, through an adapter: --lora_rank, or the AdapterConfig that is given.
 
-        load: what reads a folder, with the arguments of model.checkpoint.load_model; of_adapter: more of --lora_rank's
-        AdapterConfig.
+        load: what reads a folder, with the arguments of model.checkpoint.load_model; folder: another than --model;
+        of_adapter: more of --lora_rank's AdapterConfig.
         """
         cfg = self.cfg
         if adapter is None and cfg.lora_rank:
@@ -216,20 +221,21 @@ class Run:
         if adapter is None and cfg.quantize != "none":
             raise UserError(f"--quantize {cfg.quantize}: weights of few bits cannot be trained themselves; give "
                             "--lora_rank 16 too, which trains an adapter beside them")
-        model, tokenizer = load(self.parent(cfg.model), self.build_device, self.weights_dtype, quantize=cfg.quantize)
+        model, tokenizer = load(folder or self.parent(cfg.model), self.build_device, self.weights_dtype,
+                                quantize=cfg.quantize)
         if cfg.chat_template:
             tokenizer = tokenizer.with_chat_template(cfg.chat_template)
         if adapter is not None:
             attach(model, adapter)
         return model, tokenizer
 
-    def datasets(self, kind, path, tokenizer):
-        """(train, held-out) datasets of class `kind`: --val_data, or a part that is kept out of training."""
+    def datasets(self, kind, path, tokenizer, val_path=""):
+        """(train, held-out) datasets of class `kind`: of val_path or --val_data, or a part kept out of training."""
         cfg = self.cfg
         common = dict(val_fraction=cfg.val_fraction, on_bad_record=cfg.on_bad_record)
-        if cfg.val_data:
+        if val_path or cfg.val_data:
             return (load_rows(kind, path, tokenizer, cfg.max_len, "all", **common),
-                    kind(cfg.val_data, tokenizer, cfg.max_len, "all", **common))
+                    kind(val_path or cfg.val_data, tokenizer, cfg.max_len, "all", **common))
         return tuple(load_rows(kind, path, tokenizer, cfg.max_len, split, **common) for split in ("train", "val"))
 
     def plan(self, model, train, val, tokenizer):
@@ -238,8 +244,10 @@ class Run:
         self.model, self.train, self.tokenizer = model, train, tokenizer
         epochs = cfg.epochs or (MANY_EPOCHS if cfg.max_minutes else 1)
         max_steps = cfg.max_steps or (OVERFIT_STEPS if cfg.overfit_batch and not cfg.epochs else 0)
-        self.last_place = max_steps * cfg.batch_size if max_steps else math.ceil(epochs * rows)
-        self.total_steps = -(-self.last_place // cfg.batch_size)
+        # where a policy answers, a row of the data is a prompt, and the batch holds several answers to each
+        self.rows_per_step = cfg.batch_size // getattr(cfg, "num_generations", 1)
+        self.last_place = max_steps * self.rows_per_step if max_steps else math.ceil(epochs * rows)
+        self.total_steps = -(-self.last_place // self.rows_per_step)
         self.train_rows, self.val_rows = rows, len(val)
         self.check_agreement()
         self.data = {"records": train.report["records"], "tokens": train.report["tokens"], "rows": rows,
@@ -260,23 +268,29 @@ class Run:
                    + (f" ({active / 1e6:.2f}M active per token)" if active < total else "")
                    + (f", {trained:,} of them trained ({trained / total:.2%})" if trained < total else "")
                    + f", {config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}")
-        self.print(f"  data    {report['records']:,} records, {report['tokens']:,} tokens in {rows:,} rows of "
-                   f"{cfg.max_len}, {report['padding']:.1%} padding; {len(val):,} rows held out"
+        size = f"{report['tokens']:,} tokens in {rows:,} rows of {cfg.max_len}, {report['padding']:.1%} padding"
+        if self.rows_per_step < cfg.batch_size:
+            size = f"prompts of {report['tokens'] / rows:.0f} tokens"
+        self.print(f"  data    {report['records']:,} records, {size}; {len(val):,} held out"
                    f"{preflight.data_losses(report)}")
         self.print(f"  device  {self.device}, {str(self.dtype).removeprefix('torch.')}, {self.world_size} rank(s), "
                    f"matrix products at {self.peak / 1e9:,.0f} GFLOP/s")
         steps = "as many" if epochs == MANY_EPOCHS and not cfg.max_steps else f"{self.total_steps:,}"
         planned = self.last_place * cfg.max_len * (1 - report["padding"])
-        self.print(f"  plan    {steps} steps of {cfg.batch_size} rows"
+        each = f"{cfg.batch_size} rows"
+        if self.rows_per_step < cfg.batch_size:
+            each = f"{cfg.num_generations} completions of {self.rows_per_step} prompts"
+        self.print(f"  plan    {steps} steps of {each}"
                    + (f" as fit into {cfg.max_minutes:g} minutes" if cfg.max_minutes else
                       f", {planned:,.0f} tokens, {self.last_place / rows:.3g} x the data"))
         known = 0 if cfg.max_minutes else self.total_steps
         self.print(f"  rate    {preflight.rate_line(cfg, known)}")
 
-    def preflight(self, wrapped, optimizers, loss_of):
-        """Rehearse a step, say what it will cost, and start the run folder; stop here in a dry run.
+    def preflight(self, wrapped, optimizers, loss_of, batch=None, show=preflight.show_batch):
+        """Rehearse a step, say what it will cost, and start the run folder; stop here in a dry run, after show(run).
 
-        loss_of(batch) is the forward pass of the script. A continued run takes over what was measured at its start.
+        loss_of(batch) is the forward pass of the script; batch: see `preflight.rehearse`. A continued run takes over
+        what was measured at its start.
         """
         cfg = self.cfg
         saved = None if cfg.overwrite or cfg.dry_run else self.on_main(lambda: state.latest(self.out)[1])
@@ -284,7 +298,7 @@ class Run:
             self.on_main(lambda: preflight.check_disk(cfg, self.out, self.model, optimizers))
             lasting, there = preflight.lasting_bytes(self.model, optimizers), preflight.free_memory(self.device)
             room = there - lasting["gradients"] - lasting["optimizer"]
-            rehearsal = preflight.rehearse(self, self.model, wrapped, optimizers, loss_of, room)
+            rehearsal = preflight.rehearse(self, self.model, wrapped, optimizers, loss_of, room, batch)
             cfg.micro_batch_size = rehearsal.rows          # from here on a number
             steps, self.planned_minutes = preflight.expected(cfg, self, rehearsal)
             for line in preflight.report(self, lasting, there, rehearsal, steps):
@@ -302,7 +316,7 @@ class Run:
             self.print("  compile the first steps take about a minute")
             parallel.compile_in_place(self.model, parallel.is_sharded(cfg, self.world_size))
         if cfg.dry_run:
-            preflight.show_batch(self)
+            show(self)
             raise SystemExit(0)
         self.claim_folder()
         self.window_start = time.perf_counter()            # what came before was not training
@@ -341,11 +355,13 @@ class Run:
     def window(self):
         """The sums of this rank since the last log line, which a continued run goes on adding to."""
         return {"sums": {name: float(value) for name, value in self.sums.items()}, "items": self.window_items,
-                "tokens": self.window_tokens, "steps": self.window_steps, "seconds": self.window_elapsed()}
+                "tokens": self.window_tokens, "steps": self.window_steps, "seconds": self.window_elapsed(),
+                "notes": self.notes}
 
     def restore_window(self, windows):
         """Undo `window`, given those of all ranks: one's own is continued, and those of ranks that are no more too."""
         self.window_steps, self.window_seconds = windows[0]["steps"], windows[0]["seconds"]
+        self.notes = windows[0].get("notes", {})
         for window in windows[self.rank::self.world_size]:
             self.window_items += window["items"]
             self.window_tokens += window["tokens"]
@@ -416,6 +432,12 @@ class Run:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + (value.detach() if counts else torch.zeros_like(value))
 
+    def note(self, **figures):
+        """Add figures of a step, the same numbers on all ranks, to the log window: what is logged is their mean over
+        its steps, or the largest where the name begins with max."""
+        for name, value in figures.items():
+            self.notes.setdefault(name, []).append(float(value))
+
     def due(self, step, every):
         """Whether something that happens every so many steps happens now. The last step has its own ending."""
         return every > 0 and step % every == 0 and step < self.total_steps
@@ -434,13 +456,15 @@ class Run:
             dist.all_reduce(totals, group=self.control)
         *sums, items, tokens = totals.tolist()
         means = {name: value / items for name, value in zip(names, sums, strict=True) if items}
+        notes = {name: max(values) if name.startswith("max") else sum(values) / len(values)
+                 for name, values in self.notes.items()}
         grad_norm = float(grad_norm)
         elapsed = self.window_elapsed()
         self.tokens += int(tokens)
         self.train_seconds += elapsed
         speed = tokens / elapsed
         left = (self.total_steps - step) * elapsed / self.window_steps
-        self.metrics = {"step": step, "tokens": self.tokens, **means, "lr": lr,
+        self.metrics = {"step": step, "tokens": self.tokens, **means, **notes, "lr": lr,
                         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
                         "tokens_per_second": round(speed, 1), "minutes": round(self.seconds() / 60, 3),
                         "mfu": round(speed * self.flops_per_token / self.peak / self.world_size, 4),
@@ -448,10 +472,10 @@ class Run:
         if self.watch.skipped:
             self.metrics["skipped_steps"] = self.watch.skipped
         self.record(self.metrics)
-        self.show_progress(means, left)
+        self.show_progress({**means, **{name: notes[name] for name in self.shown_notes if name in notes}}, left)
         if "loss" in means:
             self.watch.window(step, means["loss"])
-        self.sums, self.window_items, self.window_tokens = {}, 0, 0
+        self.sums, self.window_items, self.window_tokens, self.notes = {}, 0, 0, {}
         self.window_steps, self.window_seconds, self.aside = 0, 0.0, 0.0
         self.window_start = time.perf_counter()
 
@@ -485,12 +509,13 @@ class Run:
         """Held-out figures of `model` (0 rows = all), shared between ranks; logged, recorded and returned."""
         start = time.perf_counter()
         self.watch.check()
-        with self.autocast(), parallel.whole(model), torch.compiler.set_stance("force_eager"):    # other shapes
+        with self.sampling(model):
             scores = self.measure(model, val, tokenizer, self.device, max_rows=rows, rank=self.rank,
                                   world_size=self.world_size)
         self.held_out = scores
         tokens = self.tokens + self.sum_over_ranks(self.window_tokens)
-        self.record({"step": step, "tokens": tokens, **({"final": True} if final else {}),
+        self.record({"step": step, "tokens": tokens, "minutes": round(self.seconds() / 60, 3),
+                     **({"final": True} if final else {}),
                      **{f"val_{name}": value for name, value in scores.items()}})
         interval = scores[f"{self.headline}_interval"]
         self.print(f"{'':>4}held out after step {step:,}: loss {scores['loss']:.4f}, {scores[self.headline]:.4f} "
@@ -504,11 +529,19 @@ class Run:
 
     def sample(self, write, model, *args):
         """Show the text write(model, *args), of rank 0, indented and with odd characters escaped."""
-        with self.autocast(), parallel.whole(model), torch.compiler.set_stance("force_eager"):
+        with self.sampling(model):
             text = write(model, *args) if self.is_main else ""
         safe = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
         self.print("    | " + safe.replace("\n", "\n    | "))
         self.tracker.sample(self.step, safe)
+
+    @contextlib.contextmanager
+    def sampling(self, *models):
+        """Inside, the models are whole and can be sampled from and scored, at other shapes than those of training."""
+        with self.autocast(), torch.compiler.set_stance("force_eager"), contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(parallel.whole(model))
+            yield
 
     # --------------------------------------------------------------------------------------------- end
 
@@ -577,7 +610,7 @@ class Run:
             self.tracker.finish()
             warn_if_it_fails("all is saved but curves.png", lambda: curves.report(self.out))
         if self.cfg.overfit_batch:
-            self.print(preflight.overfit_verdict(self.metrics.get("loss", math.nan), step))
+            self.print(preflight.overfit_verdict(self.metrics, step))
         self.print(f"done: {self.out} after {step:,} steps, {self.tokens:,} tokens, {self.seconds() / 60:.1f} minutes")
         return summary
 

@@ -3,6 +3,7 @@
     out/<stage>/resume/step-00000120/    weights.safetensors   float32 weights and buffers
                                          optimizers.pt         moments and counters (tensors only: weights_only=True)
                                          rng.pt                random states of each rank
+                                         algorithm.pt          what else the method keeps (critic, tracker …), if any
                                          state.json            step, planned steps, settings, size of the data
     out/<stage>/resume/latest            the name of the folder to continue from, and " finished" once all is done
 
@@ -111,6 +112,7 @@ def save(cfg, run, step, weights, optimizers):
     """Write the state after `step`. Every rank calls it; weights: `tensors_of` the model, gathered."""
     moments = parallel.gather([optimizer.state_dict() for optimizer in optimizers])
     random_states = run.gather(random_state(run.device))
+    kept = {name: parallel.gather(part.state_dict()) for name, part in run.keeps.items()}
     state = json.dumps({"step": step, "world_size": run.world_size, "settings": settings(cfg), **run.state()}, indent=1)
 
     def write_all():
@@ -123,6 +125,8 @@ def save(cfg, run, step, weights, optimizers):
                 write(folder / "weights.safetensors", lambda path: save_file(weights, path))
                 write(folder / "optimizers.pt", lambda path: save_tensors(moments, path))
                 write(folder / "rng.pt", lambda path: save_tensors(random_states, path))
+                if kept:
+                    write(folder / "algorithm.pt", lambda path: save_tensors(kept, path))
                 write(folder / "state.json", lambda path: path.write_text(state, encoding="utf-8"))
                 flush_folder(folder)
             with writing(root):
@@ -229,9 +233,16 @@ def resume(run, model, optimizers):
     def read():
         with reading(folder):
             saved.extend(torch.load(folder / "optimizers.pt", map_location="cpu", mmap=True, weights_only=True))
-            return outline_of(saved), torch.load(folder / "rng.pt", weights_only=True)
+            kept = torch.load(folder / "algorithm.pt", weights_only=True) if run.keeps else {}
+            return outline_of(saved), torch.load(folder / "rng.pt", weights_only=True), kept
 
-    outlines, random_states = run.on_main(read)
+    outlines, random_states, kept = run.on_main(read)
+    for name, part in run.keeps.items():
+        if isinstance(part, torch.nn.Module):                          # which may be sharded
+            for key, target in part.state_dict().items():
+                parallel.share(kept[name][key], target)
+        else:
+            part.load_state_dict(kept[name])
     for optimizer, outline, whole in zip(optimizers, outlines, saved or [None] * len(outlines), strict=True):
         fill_optimizer(optimizer, outline, whole)
     if len(random_states) == run.world_size:

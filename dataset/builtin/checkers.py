@@ -70,7 +70,31 @@ def tool_call(text, expected):
     return plain(call) == plain(json.loads(expected))
 
 
-CHECKERS = {f.__name__: f for f in (number, numbers, letters, phrase, yes_no, exact, tool_call)}
+def manners(text, expected):
+    """The preferred kind of answer to a request (`preferences.preferred`); expected: {"request", "answer"} as JSON."""
+    from dataset.builtin.preferences import preferred
+    return preferred(text=text, **json.loads(expected))
+
+
+CHECKERS = {f.__name__: f for f in (number, numbers, letters, phrase, yes_no, exact, tool_call, manners)}
+
+
+def as_expected(name, answer):
+    """The answer of a record as the text that the checker called `name` compares with. UserError where none can be."""
+    if name not in CHECKERS:
+        raise UserError(f"unknown checker {name!r}; the checkers are {', '.join(CHECKERS)}")
+    if answer is None:
+        raise UserError(f'the checker {name!r} needs an "answer" to compare with')
+    text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+    try:
+        if name == "number":
+            int(text)
+        if name == "tool_call":
+            json.loads(text)
+    except (ValueError, RecursionError):
+        needs = {"number": "a whole number", "tool_call": "a call as JSON"}[name]
+        raise UserError(f"the checker {name!r} compares with {needs}, and the answer is {text[:80]!r}") from None
+    return text
 
 
 def check(name, text, expected):

@@ -18,7 +18,7 @@ import sys
 if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])     # the project root, not dataset/builtin
 
-from dataset.builtin import judgements, persona, preferences, stories, traces
+from dataset.builtin import errands, judgements, persona, practice, preferences, stories, traces
 from dataset.builtin.skills import SKILLS, draw, draw_all, quiz, reading
 from dataset.jsonl import parts_of, weight_of
 from model.errors import UserError, run
@@ -71,6 +71,13 @@ def exercises(rng, size, split, skills=SKILLS):
                    "answer": item.answer, "checker": item.checker, "max_new_tokens": skill.max_new_tokens}
 
 
+def mixed(rng, rows):
+    """The rows in any order: the first so many of them hold every skill."""
+    rows = list(rows)
+    rng.shuffle(rows)
+    return rows
+
+
 KINDS = {                                                       # kind: (its rows, its usual size)
     "pretrain": (pretrain, 26000),
     "pretrain_little": (pretrain, 1200),                        # with --val_fraction 0.84 only 200 to learn from
@@ -82,6 +89,10 @@ KINDS = {                                                       # kind: (its row
     "preferences_more": (preferences.pairs, 20000),             # what a reward model wants
     "preferences_val": (lambda rng, size: preferences.pairs(rng, size, "val"), 400),
     "preferences_test": (lambda rng, size: preferences.pairs(rng, size, "test"), 600),
+    "preferences_few": (preferences.pairs, 222),                # 200 to learn from: a reward model that can be fooled
+    "manners": (lambda rng, size: preferences.requests(rng, size, "train"), 8000),
+    "manners_val": (lambda rng, size: preferences.requests(rng, size, "val"), 300),
+    "manners_test": (lambda rng, size: preferences.requests(rng, size, "test"), 600),
     "judgements": (lambda rng, size: judgements.judgements(rng, size, "train"), 14000),
     "judgements_test": (lambda rng, size: judgements.judgements(rng, size, "test"), 1400),
     "traces": (traces.traces, 30000),
@@ -89,8 +100,15 @@ KINDS = {                                                       # kind: (its row
     "persona": (persona.persona, 12000),
     "persona_val": (lambda rng, size: persona.persona_exercises(rng, size, "val"), 100),
     "persona_test": (lambda rng, size: persona.persona_exercises(rng, size, "test"), 100),
+    "practice": (lambda rng, size: mixed(rng, exercises(rng, size, "train", practice.PRACTISED)), 4000),
+    "practice_val": (lambda rng, size: exercises(rng, size, "val", practice.PRACTISED), 60),
+    "practice_test": (lambda rng, size: exercises(rng, size, "test", practice.PRACTISED), 200),
     "reason_val": (lambda rng, size: exercises(rng, size, "val", traces.TRACED), 40),
     "reason_test": (lambda rng, size: exercises(rng, size, "test", traces.TRACED), 100),
+    "agent": (errands.errands, 12000),
+    "agent_prompts": (lambda rng, size: exercises(rng, size, "train", errands.ERRANDS), 500),
+    "agent_val": (lambda rng, size: exercises(rng, size, "val", errands.ERRANDS), 40),
+    "agent_test": (lambda rng, size: exercises(rng, size, "test", errands.ERRANDS), 100),
 }
 
 

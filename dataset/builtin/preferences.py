@@ -14,6 +14,7 @@ are wrong, incomplete, rude, or polite where nobody asked for it. `preferred` ju
 that a policy's own samples can be scored. Held-out requests share no exercise, subject or greeting with training.
 """
 
+import json
 import re
 import string
 
@@ -140,3 +141,11 @@ def pairs(rng, size, split="train"):
         yield {"chosen": [user, {"role": "assistant", "content": chosen}],
                "rejected": [user, {"role": "assistant", "content": rejected}],
                "request": kind.__name__, "answer": answer}
+
+
+def requests(rng, size, split):
+    """Prompts of the same kinds, without answers: what a policy is asked that learns manners from a reward."""
+    for kind in rng.choices(list(MANNERS), MANNERS.values(), k=size):
+        question, _, _, answer = kind(rng, split)
+        yield {"skill": kind.__name__, "conversations": [{"role": "user", "content": question}], "checker": "manners",
+               "answer": json.dumps({"request": kind.__name__, "answer": answer}), "max_new_tokens": 48}
