@@ -280,7 +280,8 @@ class Mixture:
         parts = [(np.arange(size) + 0.5) / size for size in sizes] if interleaved else []
         self.order = np.argsort(np.concatenate(parts), kind="stable") if interleaved else None
         reports = [source.report for source in self.sources]
-        self.report = {name: sum(report[name] for report in reports) for name in reports[0]}
+        shared = [name for name in reports[0] if all(name in report for report in reports)]      # conversations, text …
+        self.report = {name: sum(report[name] for report in reports) for name in shared}
         used = sum((1 - report["padding"]) * size for report, size in zip(reports, sizes, strict=True))
         self.report["padding"] = 1 - used / len(self)
         self.report["repeats"] = {path: shares[path] * len(self) / len(source) for path, source in sources.items()}

@@ -27,6 +27,9 @@ from model.errors import UserError, run
 class Config:
     model: str = arg("out/agent", "checkpoint folder")
     adapter: str = arg("", "adapter folder to use on it, as train_lora.py leaves one")
+    rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
+    quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
+                        choices=("none", "int8", "int4", "nf4"))
     data: str = arg("builtin", "jsonl of items (conversations or prompt, answer, checker, skill), or builtin")
     split: str = arg("test", "which held-out items of the built-in world", choices=("test", "val"))
     show_tools: bool = arg(False, "describe the tools in the prompt, in some 600 tokens: for a model that was not "
@@ -272,7 +275,8 @@ def table(scores):
 
 def main(cfg):
     device = devices.pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.model, device, adapter=cfg.adapter)
+    model, tokenizer = load_model(cfg.model, device, rope_scaling=cfg.rope_scaling, quantize=cfg.quantize,
+                                  adapter=cfg.adapter)
     check_tokenizer(tokenizer, cfg.model)
     items = read_items(resolve(cfg.data, f"agent_{cfg.split}"), cfg.limit)
     if cfg.max_new_tokens:

@@ -37,6 +37,8 @@ class Config:
     principle: str = arg("", "with a yes/no evaluator on pairs: the question that a good answer is a yes to")
     split: str = arg("all", "all of --data, or only the part that training holds out", choices=("all", "val"))
     val_fraction: float = arg(0.1, "with --split val: the --val_fraction of the training")
+    quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
+                        choices=("none", "int8", "int4", "nf4"))
     max_len: int = arg(0, "tokens of a pair, both sides together; 0 = what the model was trained with")
     device: str = arg("auto", "auto, cpu, cuda or mps")
     dtype: str = arg("auto", "auto, float32 or bfloat16")
@@ -168,23 +170,23 @@ def is_language_model(folder):
     return all(name.endswith("ForCausalLM") for name in read_config(folder).get("architectures") or [])
 
 
-def load_scorer(folder, device="cpu"):
+def load_scorer(folder, device="cpu", quantize="none"):
     """(model, tokenizer) of a reward model (ScalarModel) or an evaluator (CausalLM); of an adapter with its base."""
     load = load_model if is_language_model(folder) else load_reward_model
     if not is_adapter(folder):
-        return load(folder, device)
+        return load(folder, device, quantize=quantize)
     base = read_adapter_config(pathlib.Path(folder)).get("base_model_name_or_path") or ""
     if not pathlib.Path(base).is_dir():
         raise UserError(f"{folder}: the base model of this adapter, {base!r}, is not there; write its folder into "
                         "adapter_config.json as base_model_name_or_path")
-    model, tokenizer = load(base, device)
+    model, tokenizer = load(base, device, quantize=quantize)
     load_adapter(model, folder)
     return model.eval(), tokenizer
 
 
 def pairs_by_score(folder, cfg, path, device):
     """{file:line of a pair: (chosen, rejected, length, length)} by the scores of a reward model, in units of its σ."""
-    model, tokenizer = load_scorer(folder, device)
+    model, tokenizer = load_scorer(folder, device, cfg.quantize)
     data = PreferenceDataset(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, cfg.split,
                              val_fraction=cfg.val_fraction)
     chosen, rejected, *lengths, there = score_rows(model, data, device)
@@ -198,7 +200,7 @@ def pairs_by_question(folder, cfg, path, device):
     if not cfg.principle:
         raise UserError(f"{folder} is a language model, which judges answers by a question: give --principle, as "
                         "--principle \"Is the answer polite?\"; or give the folder of a reward model")
-    model, tokenizer = load_scorer(folder, device)
+    model, tokenizer = load_scorer(folder, device, cfg.quantize)
     pairs = {}
     for file in map(jsonl.JsonlFile, jsonl.find_files(path)):
         for number in range(len(file)):
@@ -227,7 +229,7 @@ def evaluate_judgements(folders, cfg, path, device):
                                 strict=True)
     scores = []
     for folder in folders:
-        model, tokenizer = load_scorer(folder, device)
+        model, tokenizer = load_scorer(folder, device, cfg.quantize)
         scores.append(score_yesno(model, tokenizer, list(asked), texts))
     log_odds, mass = (reduced(np.array(part), cfg.reduce) for part in zip(*scores, strict=True))
     answers, names = np.array(answers, int), np.array([item.get("name", "") for item in items])

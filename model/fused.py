@@ -101,11 +101,16 @@ class FusedBlock:
         qk = turn(wide(qk), cos, sin).to(v.dtype).transpose(1, 2)                 # (B, H + K, T, d)
         q, k = qk.split((H, K), dim=1)
         k, v = cache.update(self.block.self_attn.layer, k, v.transpose(1, 2))     # (B, K, S, d)
-        if T > 1:
-            return self.out(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
-        # One new token: the query heads that share a key/value head are its queries, so no kernel repeats the keys.
-        q = q.reshape(B, K, H // K, -1)                                           # (B, K, H/K, d)
-        return self.out(F.scaled_dot_product_attention(q, k, v, mask).reshape(B, 1, -1))
+        out = attend_once(q, k, v, mask) if T == 1 and x.device.type != "cpu" else attention(q, k, v, mask)
+        return self.out(out.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend_once(q, k, v, mask):
+    """`attention` of a single new token, q (B, H, 1, d). The query heads that share a key/value head become queries of
+    one head: on a GPU no kernel that takes a mask knows grouped heads, and all keys would be repeated for each."""
+    B, H, _, d = q.shape
+    q = q.reshape(B, k.shape[1], -1, d)                                           # (B, K, H/K, d)
+    return F.scaled_dot_product_attention(q, k, v, mask).reshape(B, H, 1, d)
 
 
 class FusedLM:

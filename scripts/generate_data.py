@@ -35,6 +35,10 @@ class Config:
     out: str = arg("out/generated.jsonl", "jsonl file of the answers that are kept")
     overwrite: bool = arg(False, "forget the answers that --out holds")
     model: str = arg("out/full_sft", "checkpoint folder; with --url the model's name there (not given: its first)")
+    adapter: str = arg("", "adapter folder to use on the checkpoint, as train_lora.py leaves one")
+    rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
+    quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
+                        choices=("none", "int8", "int4", "nf4"))
     url: str = arg("", "base address of a server with OpenAI's protocol, as http://127.0.0.1:8000/v1")
     api_key_env: str = arg("OPENAI_API_KEY", "environment variable that holds the server's key")
     limit: int = arg(0, "ask only the first so many prompts; 0 = all")
@@ -179,7 +183,8 @@ def answers_of_model(cfg, wanted):
     from model.generate import SamplingParams, generate
     folder = ROOT / cfg.model if cfg.model == Config.model and not pathlib.Path(cfg.model).exists() else cfg.model
     device = devices.pick_device(cfg.device)
-    model, tokenizer = load_model(folder, device, devices.pick_dtype(cfg.dtype, device))
+    model, tokenizer = load_model(folder, device, devices.pick_dtype(cfg.dtype, device), cfg.rope_scaling, cfg.quantize,
+                                  cfg.adapter)
     params = SamplingParams(cfg.max_new_tokens, cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
     opened = "<think>" if cfg.thinking else ""                  # the template writes it; the model goes on behind it
     while some := [(task, []) for task in itertools.islice(wanted, cfg.batch_size)]:

@@ -302,7 +302,7 @@ def test_a_copy_in_sixteen_bits_samples_for_a_policy_in_thirty_two(name, place, 
 def test_the_reference_of_an_adapter_is_the_model_below_it(name, place, tmp_path, monkeypatch):
     """No copy is made, the base keeps its bytes, and the folder is PEFT's."""
     made, reference = [], experience.Reference
-    monkeypatch.setattr(experience, "Reference", lambda model: made.append(reference(model)) or made[-1])
+    monkeypatch.setattr(experience, "Reference", lambda *args: made.append(reference(*args)) or made[-1])
     before = (place / "base" / "model.safetensors").read_bytes()
     train(name, place, tmp_path / "run", lora_rank=2, beta=0.05, lr=3e-2, max_steps=6, eval_every=3)
     assert made[0].copy is None and made[0].shared is not None
@@ -317,7 +317,7 @@ def test_the_reference_of_an_adapter_is_the_model_below_it(name, place, tmp_path
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_reference_is_kept_where_the_kl_has_a_price_and_nowhere_else(name, place, tmp_path, monkeypatch):
     made, reference = [], experience.Reference
-    monkeypatch.setattr(experience, "Reference", lambda model: made.append(reference(model)) or made[-1])
+    monkeypatch.setattr(experience, "Reference", lambda *args: made.append(reference(*args)) or made[-1])
     train(name, place, tmp_path / "free", beta=0.0, max_steps=1)
     assert not made and "val_kl" not in held_out(tmp_path / "free")[-1]
     train(name, place, tmp_path / "held", beta=0.05)
@@ -331,7 +331,7 @@ def test_a_price_on_the_kl_holds_the_policy_back(place, tmp_path):
     for name, high in (("grpo", 2.0), ("spo", 2.0), ("ppo", 0.5)):
         far = []
         for beta in (0.001, high):
-            train(name, place, tmp_path / f"{name} {beta}", **{**LONG, "beta": beta, "batch_size": 8})
+            train(name, place, tmp_path / f"{name} {beta}", **{**LONG, "beta": beta, "batch_size": 8, "max_steps": 15})
             far.append(held_out(tmp_path / f"{name} {beta}")[-1]["val_kl"])
         assert far[1] < 0.6 * far[0], (name, far)
 
@@ -358,7 +358,8 @@ def test_every_loss_is_its_formula(loss):
     old, ref = ((logprobs.detach() + spread * (2 * torch.rand(mask.shape, generator=generator) - 1)) * mask
                 for spread in (2.0, 0.5))
     batch = {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask, "completion_mask": mask,
-             "old_logprobs": old, "advantages": train_grpo.credit(stub_run(cfg), R, rollout.groups), "ref_logprobs": ref}
+             "old_logprobs": old, "ref_logprobs": ref,
+             "advantages": train_grpo.credit(stub_run(cfg), R, rollout.groups)}
     total, parts, _ = train_grpo.compute_loss(model, batch, cfg, 0.0)
     low, high = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (0, 5.0)}.get(loss, (0.2, 0.2))
     wanted = 0.0
@@ -544,6 +545,7 @@ def test_early_stop_keeps_the_weights_that_were_best_on_held_out_prompts(name, p
 # ------------------------------------------------------------------------------------------------- what is measured
 
 
+CPU = torch.device("cpu")
 EXAM = SimpleNamespace(pass_k=2, max_new_tokens=4, temperature=1.0, micro_batch_size=3)
 
 
@@ -579,7 +581,7 @@ def test_held_out_figures_of_a_policy_made_by_hand(exam):
     judge = rewards.build("checker", NANO, max_new_tokens=4)
     answers = ["1", "0", "3", "3"]
     sample = judged_samples(said)
-    figures = dashboard.measure(model, data, NANO, torch.device("cpu"), stub_run(EXAM), judge, lambda: nullcontext(other),
+    figures = dashboard.measure(model, data, NANO, CPU, stub_run(EXAM), judge, lambda: nullcontext(other),
                                 sample=sample, answer=lambda *args: [(answers[item["row"]], 1) for item in args[2]])
     assert figures["accuracy"] == pytest.approx((0.5 + 1 + 0) / 3) and figures["loss"] == 1 - figures["accuracy"]
     assert (figures["accuracy_add"], figures["accuracy_more 0"], figures["accuracy_more 1"]) == (0.5, 1, 0)
@@ -604,8 +606,8 @@ def test_a_canary_that_earns_more_than_the_policy_is_told(exam, tmp_path):
     data, said = exam
     (tmp_path / "hacked.py").write_text("def likes(texts, items):\n    return [t.count('yes') * 3.0 for t in texts]\n")
     judge = rewards.build(f"{tmp_path / 'hacked.py'}:likes", NANO)
-    figures = dashboard.measure(undecided(), data, NANO, torch.device("cpu"), stub_run(EXAM), judge,
-                                sample=judged_samples(said), answer=lambda *args: [("1", 1)] * len(args[2]))
+    figures = dashboard.measure(undecided(), data, NANO, CPU, stub_run(EXAM), judge, sample=judged_samples(said),
+                                answer=lambda *args: [("1", 1)] * len(args[2]))
     assert figures["canary_yes"] == 3 and figures["canary_wins"] == 1 and figures["reward"] == 0
     assert figures["accuracy"] == 0.5 / 3                                # what was meant does not look at the reward
 
@@ -618,8 +620,7 @@ def test_ranks_measure_what_one_does(exam, tmp_path, world_size):
                                       "* 0.1 * int(i['answer']) for t, i in zip(texts, items)]\n")
     judge, model = rewards.build(f"{tmp_path / 'mine.py'}:size", NANO), undecided().double()
     about = dict(judge=judge, reference=experience.Reference(undecided(qk_norm=False).double()))
-    device = torch.device("cpu")
-    whole = dashboard.measure(model, data, NANO, device, stub_run(EXAM), **about)
+    whole = dashboard.measure(model, data, NANO, CPU, stub_run(EXAM), **about)
     parts = []
 
     class Told(Exception):
@@ -633,7 +634,7 @@ def test_ranks_measure_what_one_does(exam, tmp_path, world_size):
 
     for rank in range(world_size):
         with nullcontext() if rank == world_size - 1 else pytest.raises(Told):
-            shared = dashboard.measure(model, data, NANO, device, stub_run(EXAM, gather), rank=rank, world_size=world_size,
+            shared = dashboard.measure(model, data, NANO, CPU, stub_run(EXAM, gather), rank=rank, world_size=world_size,
                                        **about)
     assert shared.keys() == whole.keys()
     for name, value in whole.items():

@@ -21,13 +21,15 @@ CASES = {
     "grpo": ("grpo", dict(minibatches=2, loss="grpo")),
     "grpo, resample": ("grpo", dict(resample=2, mask_truncated=True, replay=0.0, beta=0.0, scale="batch")),
     "grpo, lora": ("grpo", dict(lora_rank=2, inner_epochs=2)),
-    "spo": ("spo", dict(inner_epochs=2)),
+    "spo": ("spo", dict(inner_epochs=2, model="moe")),
     "ppo": ("ppo", dict(num_generations=1, minibatches=4, kl_target=0.5)),
 }
 SHARDED = ("grpo", "grpo, lora", "spo", "ppo")
 
 
 def job(place, name, script, changes, die_at=None, run=None):
+    if "model" in changes:
+        changes = {**changes, "model": str(place / changes["model"])}
     if name.startswith("grpo, resample"):
         changes = {**changes, "val_data": str(place / "one.jsonl")}       # fewer held-out prompts than ranks
     flags = {**TINY, **OWN[script], **FLAGS, "model": str(place / "base"), "data": str(place / "prompts.jsonl"),
@@ -40,6 +42,8 @@ def results(tmp_path_factory):
     """(folder, {name: what each rank kept}): everything runs once, on two ranks started once, and here."""
     place = tmp_path_factory.mktemp("ranks")
     save_model(place / "base", undecided(), Tokenizer.load("nano"))
+    save_model(place / "moe", undecided(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                                        router="softmax", aux_loss_coef=0.01), Tokenizer.load("nano"))
     write_prompts(place / "prompts.jsonl", count=30)
     write_chats(place / "chats.jsonl")
     write_prompts(place / "one.jsonl", count=1, prefix="held out ")

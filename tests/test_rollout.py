@@ -8,13 +8,13 @@ import torch
 from model.adapters.adapted import AdapterConfig, attach, disabled
 from model.config import ModelConfig
 from model.errors import UserError
-from model.fused import FusedLM
+from model.fused import FusedLM, attend_once
 from model.generate import SamplingParams, generate
 from model.logprobs import token_logprobs
 from model.moe import routers
 from model.quantize import quantize_model
 from model.tokenizer import Tokenizer
-from model.transformer import CausalLM
+from model.transformer import CausalLM, slow_attention
 from trainer.rollout import Sampler, check_agreement, from_rows, join, micro_batches, put_back, sample, score
 
 V = Tokenizer.load("nano").vocab_size
@@ -336,6 +336,16 @@ def test_a_copy_samples_while_the_model_trains_without_a_trace(stopping):
                                    for router, load in zip(routers(model), loads, strict=True))
     token_logprobs(model, torch.randint(V, (2, 5)))[0].sum().backward()       # and it can still learn
     assert not any(parameter.grad is None for name, parameter in model.named_parameters() if "norm" in name)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_attention_of_one_token_needs_no_repeated_keys(heads):
+    H, K = heads
+    q, k, v = torch.randn(3, H, 1, 8), torch.randn(3, K, 6, 8), torch.randn(3, K, 6, 8)
+    mask = torch.rand(3, 1, 1, 6) > 0.3
+    mask[..., -1] = True
+    for seen in (None, mask):
+        torch.testing.assert_close(attend_once(q, k, v, seen), slow_attention(q, k, v, seen), atol=1e-5, rtol=1e-5)
 
 
 def test_greedy_generation_from_a_copy(model, tokenizer):

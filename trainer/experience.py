@@ -203,8 +203,9 @@ def gate_start(run, model, tokenizer, train, judge, sample=sample):
         return
     prompts, samples = min(cfg.gate_prompts, len(train)), max(cfg.num_generations, 2)
     start = time.perf_counter()
-    report = gate(run, model, tokenizer, train, judge, prompts, samples, samples, cfg.min_pass,
-                  max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, sample=sample)
+    with run.sampling(model):
+        report = gate(run, model, tokenizer, train, judge, prompts, samples, samples, cfg.min_pass,
+                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, sample=sample)
     if report:
         run.sampling_seconds = (time.perf_counter() - start) * cfg.batch_size / (prompts * samples)
 
@@ -245,9 +246,11 @@ class Reference:
     Of a policy that learns through an adapter it is the same weights with the adapter switched off, else a copy.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, device="cpu"):
         self.shared = model if has_adapters(model) else None
-        self.copy = None if self.shared is not None else copy.deepcopy(model).eval().requires_grad_(False)
+        self.copy = None
+        if self.shared is None:                                      # a model that will be cut up is not there yet
+            self.copy = copy.deepcopy(model).to(device).eval().requires_grad_(False)
 
     @contextmanager
     def __call__(self):

@@ -25,16 +25,16 @@ def gate(run, model, tokenizer, data, judge, num_prompts, num_samples, k, min_pa
 
     data: a PromptDataset (or a Mixture) of which num_prompts are drawn; num_samples: answers to each, at least k.
     sampling: max_new_tokens, temperature and batch_size of `trainer.rollout.sample`; sample: another one in its place.
-    Every rank answers its share. Call it before the model is wrapped. UserError when pass@1 is below min_pass.
+    Every rank answers its share, with the model itself and not what DDP made of it, where its weights are whole
+    (`Run.sampling`). UserError when pass@1 is below min_pass.
     """
     if not any(name in judge.parts for name in RIGHTNESS):
         run.print("  gate    none: no part of --reward says right or wrong")
         return {}
     rows = np.random.default_rng((run.cfg.seed, 0)).permutation(len(data))[:num_prompts].tolist()
     mine = rows[run.rank::run.world_size]
-    with run.autocast():
-        found = count_right(model, tokenizer, [data[row] for row in mine], judge, num_samples, mine,
-                            seed=run.cfg.seed, **sampling)
+    found = count_right(model, tokenizer, [data[row] for row in mine], judge, num_samples, mine, seed=run.cfg.seed,
+                        **sampling)
     counts = [entry for part in run.gather(found) for entry in part]
     report = report_of(counts, num_samples, k)
     for line in table(report):

@@ -269,7 +269,7 @@ class Run:
                    + (f", {trained:,} of them trained ({trained / total:.2%})" if trained < total else "")
                    + f", {config.num_hidden_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size}")
         size = f"{report['tokens']:,} tokens in {rows:,} rows of {cfg.max_len}, {report['padding']:.1%} padding"
-        if self.rows_per_step < cfg.batch_size:
+        if hasattr(cfg, "num_generations"):
             size = f"prompts of {report['tokens'] / rows:.0f} tokens"
         self.print(f"  data    {report['records']:,} records, {size}; {len(val):,} held out"
                    f"{preflight.data_losses(report)}")
@@ -278,7 +278,7 @@ class Run:
         steps = "as many" if epochs == MANY_EPOCHS and not cfg.max_steps else f"{self.total_steps:,}"
         planned = self.last_place * cfg.max_len * (1 - report["padding"])
         each = f"{cfg.batch_size} rows"
-        if self.rows_per_step < cfg.batch_size:
+        if hasattr(cfg, "num_generations"):
             each = f"{cfg.num_generations} completions of {self.rows_per_step} prompts"
         self.print(f"  plan    {steps} steps of {each}"
                    + (f" as fit into {cfg.max_minutes:g} minutes" if cfg.max_minutes else

@@ -120,14 +120,14 @@ def main(cfg):
     check_prompts(judge, train)
     replay = experience.Replay(run, tokenizer)
     run.plan(model, train, val, tokenizer)
-    reference = experience.Reference(model) if cfg.beta else None
+    reference = experience.Reference(model, run.device) if cfg.beta else None
     play = dict(max_turns=cfg.max_turns, max_len=cfg.max_len, show_tools=cfg.show_tools)
     sample, answer = functools.partial(agent.sample_turns, **play), functools.partial(agent.answer_turns, **play)
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference, sample=sample,
                                     answer=answer)
     run.headline, run.shown_notes = dashboard.headline(val), ("reward", "calls")
-    experience.gate_start(run, model, tokenizer, train, judge, sample)
     wrapped = run.wrap(model)
+    experience.gate_start(run, model, tokenizer, train, judge, sample)
     optimizers = build_optimizers(model, cfg, run.muon_dtype)
     run.preflight(wrapped, optimizers, lambda batch: compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef)[:2],
                   experience.long_rows(run, cfg.max_len, advantages=1, ref_logprobs=2),

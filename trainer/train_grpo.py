@@ -134,11 +134,11 @@ def main(cfg):
     check_prompts(judge, train)
     replay = experience.Replay(run, tokenizer)
     run.plan(model, train, val, tokenizer)
-    reference = experience.Reference(model) if cfg.beta else None
+    reference = experience.Reference(model, run.device) if cfg.beta else None
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference)
     run.headline, run.shown_notes = dashboard.headline(val), ("reward", "length")
-    experience.gate_start(run, model, tokenizer, train, judge)
     wrapped = run.wrap(model)
+    experience.gate_start(run, model, tokenizer, train, judge)
     optimizers = build_optimizers(model, cfg, run.muon_dtype)
     run.preflight(wrapped, optimizers, lambda batch: compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef)[:2],
                   experience.long_rows(run, advantages=1, ref_logprobs=2),

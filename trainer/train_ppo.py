@@ -143,11 +143,11 @@ def main(cfg):
     check_prompts(judge, train)
     replay = experience.Replay(run, tokenizer)
     run.plan(model, train, val, tokenizer)
-    reference = experience.Reference(model) if cfg.beta else None
+    reference = experience.Reference(model, run.device) if cfg.beta else None
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference)
     run.headline, run.shown_notes = dashboard.headline(val), ("reward", "length")
-    experience.gate_start(run, model, tokenizer, train, judge)
     wrapped, wrapped_critic = run.wrap(model), run.wrap(critic)
+    experience.gate_start(run, model, tokenizer, train, judge)
     optimizers, critic_optimizers = (build_optimizers(part, cfg, run.muon_dtype) for part in (model, critic))
     both = [*optimizers, *critic_optimizers]
     run.keeps = {"critic": critic, "beta": KLCoefficient(cfg.beta)}
