@@ -11,8 +11,8 @@ import pytest
 
 from dataset import jsonl
 from dataset.builtin import generate, stories
-from dataset.builtin.practice import PRACTISED
 from dataset.builtin.checkers import check
+from dataset.builtin.practice import PRACTISED
 from dataset.builtin.skills import SKILLS, draw, draw_all
 from dataset.builtin.world import FACTS, PEOPLE, VALUES, WORDS, split_of, value_of
 from model.errors import UserError

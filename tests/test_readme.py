@@ -80,7 +80,8 @@ def test_the_tables_of_speed_are_those_of_a_committed_run(path):
 
 @pytest.mark.parametrize("group", list(experiments.GROUPS))
 def test_the_tables_of_experiments_are_those_of_committed_runs(group):
-    lines = (ROOT / "trainer" / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = [line for page in ("README.md", "RL.md")
+             for line in (ROOT / "trainer" / page).read_text(encoding="utf-8").splitlines()]
     records = json.loads((ROOT / "trainer" / "results" / f"{group}.json").read_text(encoding="utf-8"))
     assert {record["run"] for record in records} <= {one.name for one in experiments.GROUPS[group]}
     for line in experiments.table(group, records):

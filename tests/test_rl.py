@@ -123,12 +123,14 @@ def kept(folder):
 # ------------------------------------------------------------------------------------------------- learning
 
 
-LONG = dict(max_steps=30, batch_size=16, gate_prompts=4, pass_k=8, log_every=30, warmup_steps=1)
+LONG = {name: dict(max_steps=30, batch_size=16, gate_prompts=4, pass_k=8, val_fraction=0.3, log_every=30,
+                   warmup_steps=1) for name in SCRIPTS}
+LONG["ppo"] |= dict(batch_size=32, lr=5e-3, beta=0.1)        # it learns four times from a step, at the end from noise
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_is_rewarded_is_learnt(name, place, tmp_path):
-    train(name, place, tmp_path / "run", **LONG)
+    train(name, place, tmp_path / "run", **LONG[name])
     first, last = held_out(tmp_path / "run")
     assert first["val_accuracy"] == 0 and 0.1 < first["val_pass_1"] < 0.5
     assert last["val_accuracy"] == 1 and last["val_pass_1"] > 0.9
@@ -139,7 +141,7 @@ def test_what_is_rewarded_is_learnt(name, place, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_control_a_reward_by_lot_teaches_nothing(name, place, tmp_path):
-    train(name, place, tmp_path / "run", reward="random", **LONG)
+    train(name, place, tmp_path / "run", reward="random", **LONG[name])
     first, last = held_out(tmp_path / "run")
     assert not same(weights(place / "base"), weights(tmp_path / "run"))
     assert last["val_accuracy"] == 0 and last["val_pass_1"] < 0.6
@@ -156,7 +158,8 @@ def test_control_equal_rewards_leave_every_bit_of_the_weights(loss, place, tmp_p
 def test_prompts_without_checkers_are_learnt_from_by_a_function_of_ones_own(name, place, tmp_path):
     """Nothing says right or wrong: no gate, and the held-out reward is the headline."""
     (tmp_path / "mine.py").write_text("def liked(texts, items):\n    return [float('y' in text) for text in texts]\n")
-    train(name, place, tmp_path / "run", data=str(place / "open.jsonl"), reward=f"{tmp_path / 'mine.py'}:liked", **LONG)
+    train(name, place, tmp_path / "run", data=str(place / "open.jsonl"), reward=f"{tmp_path / 'mine.py'}:liked",
+          **LONG[name])
     first, last = held_out(tmp_path / "run")
     assert first["val_reward"] < 0.6 and last["val_reward"] > 0.9 and "val_accuracy" not in last
     assert last["val_loss"] == -last["val_reward"] and "reward" in (tmp_path / "run" / "README.md").read_text()
@@ -327,13 +330,13 @@ def test_a_reference_is_kept_where_the_kl_has_a_price_and_nowhere_else(name, pla
                                                                            weights(tmp_path / "held"))
 
 
-def test_a_price_on_the_kl_holds_the_policy_back(place, tmp_path):
-    for name, high in (("grpo", 2.0), ("spo", 2.0), ("ppo", 0.5)):
-        far = []
-        for beta in (0.001, high):
-            train(name, place, tmp_path / f"{name} {beta}", **{**LONG, "beta": beta, "batch_size": 8, "max_steps": 15})
-            far.append(held_out(tmp_path / f"{name} {beta}")[-1]["val_kl"])
-        assert far[1] < 0.6 * far[0], (name, far)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_price_on_the_kl_holds_the_policy_back(name, place, tmp_path):
+    far = []
+    for beta in (0.001, 1.0):
+        train(name, place, tmp_path / f"{beta}", **{**LONG[name], "beta": beta, "max_steps": 15, "lr": 5e-3})
+        far.append(held_out(tmp_path / f"{beta}")[-1]["val_kl"])
+    assert far[1] < 0.7 * far[0]
 
 
 # ------------------------------------------------------------------------------------------------- GRPO

@@ -34,9 +34,9 @@ class Killed(BaseException):
 
 def a_run(folder):
     """The part of a Run that state.py asks."""
-    return SimpleNamespace(out=Path(folder), rank=0, world_size=1, device=CPU, on_main=lambda function: function(),
-                           gather=lambda value: [value], state=lambda: {"watch": {"best": {}}},
-                           restore=lambda saved: None, print=lambda text: None)
+    return SimpleNamespace(out=Path(folder), rank=0, world_size=1, device=CPU, keeps={},
+                           on_main=lambda function: function(), gather=lambda value: [value],
+                           state=lambda: {"watch": {"best": {}}}, restore=lambda saved: None, print=lambda text: None)
 
 
 class Trained:
