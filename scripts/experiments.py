@@ -101,8 +101,8 @@ GROUPS = {
         Run("LoRA of MLPs", f"trainer/train_lora.py --lora_targets up_proj,down_proj{NEW}", PERSONA),
         *(Run(label, f"trainer/train_lora.py --method {method}{NEW}", PERSONA) for method, label in
           {"rslora": "rsLoRA", "dora": "DoRA", "lora+": "LoRA+", "pissa": "PiSSA", "adalora": "AdaLoRA",
-           "ia3": "(IA)³", "bottleneck --lora_rank 16": "bottleneck, 16", "prefix --lora_rank 16": "prefix, 16",
-           "prompt --lora_rank 32": "prompt, 32"}.items()),
+           "ia3 --lr 5e-3": "(IA)³", "bottleneck --lora_rank 16": "bottleneck, 16",
+           "prefix --lora_rank 16": "prefix, 16", "prompt --lora_rank 32": "prompt, 32"}.items()),
     ],
     "dpo": [
         Run("before", "", MANNERS),

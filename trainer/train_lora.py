@@ -54,7 +54,7 @@ from trainer.losses import balance_loss, next_token_loss
 from trainer.optim import build_optimizers, lr_at, optimizer_step
 
 LEARNING_RATES = {"lora": 5e-3, "rslora": 5e-3, "dora": 5e-3, "lora+": 1e-3, "pissa": 2e-3, "adalora": 1e-2,
-                  "ia3": 5e-3, "prompt": 1.0, "prefix": 0.3, "prefix through an MLP": 1e-2, "bottleneck": 5e-3}
+                  "ia3": 3e-2, "prompt": 1.0, "prefix": 0.3, "prefix through an MLP": 1e-2, "bottleneck": 5e-3}
 
 
 def compute_loss(model, batch, aux_coef):
