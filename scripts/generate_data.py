@@ -148,7 +148,7 @@ def conversation(task, said):
         return messages
     question = task.principle.question.replace("{prompt}", messages[-1]["content"])
     critique = CRITIQUE.replace("{answer}", task.principle.answer).replace("{question}", question)
-    for message, request in zip(said, (critique, REVISION), strict=False):
+    for message, request in zip(said, (critique, REVISION)[:len(said)], strict=True):
         messages = [*messages, message, {"role": "user", "content": request}]
     return messages
 

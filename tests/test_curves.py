@@ -273,3 +273,28 @@ def test_the_committed_curves_are_those_of_the_quickstart(path):
     for point in points:
         for low, middle, high in (point["loss"], point["bits_per_byte"]):
             assert 0 < low < middle < high < 1.3 * middle
+
+
+def test_a_run_that_samples_leaves_its_dashboard(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append((figure, path)))
+    entries = [{"step": 0, "val_loss": 0.6, "val_accuracy": 0.4, "val_accuracy_interval": [0.3, 0.5],
+                "val_reward": 0.3},
+               {"step": 5, "reward": 0.5, "reward_checker": 0.5, "reward_std": 0.1, "lr": 1e-4,
+                "explained_variance": None},
+               {"step": 10, "val_loss": 0.5, "val_accuracy": 0.5, "val_accuracy_interval": [0.4, 0.6],
+                "val_canary_yes": 0.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    curves.report(tmp_path)
+    (figure, path), = drawn
+    assert path == tmp_path / "curves.png"
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert panels.keys() == curves.DASHBOARD.keys()
+    accuracy, = panels["held out: accuracy"].lines
+    assert accuracy.get_xydata().tolist() == [[0, 0.4], [10, 0.5]]
+    assert len(panels["held out: accuracy"].collections) == 1                        # its interval
+    assert [line.get_label() for line in panels["reward, as trained on"].lines] == [
+        "reward", "reward_checker", "reward, held out"]
+    assert [line.get_label() for line in panels["canaries, and the reward of the policy"].lines] == [
+        "canary_yes, held out", "reward, held out"]

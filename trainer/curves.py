@@ -208,9 +208,12 @@ def draw_dashboard(entries, folder):
     """Write folder/curves.png of a run of reinforcement learning: what trainer/dashboard.py watches, over the steps."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    names = list(dict.fromkeys(name for entry in entries for name, value in entry.items() if value is not None))
     figure = Figure(figsize=(14, 9), layout="constrained")
-    for axis, (title, (patterns, limits)) in zip(figure.subplots(4, 3).flat, DASHBOARD.items(), strict=False):
+    axes = figure.subplots(4, 3).flatten()
+    for axis in axes[len(DASHBOARD):]:
+        axis.remove()
+    for axis, (title, (patterns, limits)) in zip(axes[:len(DASHBOARD)], DASHBOARD.items(), strict=True):
         shown = [name for pattern in patterns for name in names if fnmatch.fnmatch(name, pattern)
                  and not name.endswith(("_interval", "_std", "_wins"))]
         for name in dict.fromkeys(shown):
@@ -226,8 +229,6 @@ def draw_dashboard(entries, folder):
             axis.set_ylim(*limits)
         if axis.lines:
             axis.legend(frameon=False, fontsize=7)
-    for axis in figure.axes[len(DASHBOARD):]:
-        axis.remove()
     figure.suptitle(str(folder))
     figure.savefig(pathlib.Path(folder, "curves.png"), dpi=110)
 

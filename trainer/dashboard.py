@@ -95,7 +95,8 @@ def summed_up(parts, samples, with_kl):
 
     figures = {"reward": float(np.mean(joined("rewards"))), "length": float(np.mean(joined("lengths"))),
                "truncated": 1 - float(np.mean(joined("finished"))), "entropy": float(np.mean(joined("entropy")))}
-    spread = 1.96 * np.std(joined("rewards")) / max(len(joined("rewards")), 1) ** 0.5
+    by_prompt = np.array(joined("rewards")).reshape(-1, samples).mean(1)         # samples of a prompt are alike
+    spread = 1.96 * by_prompt.std() / len(by_prompt) ** 0.5
     figures["reward_interval"] = (figures["reward"] - spread, figures["reward"] + spread)
     if with_kl:
         figures["kl"] = float(np.mean(joined("kl")))
