@@ -642,3 +642,10 @@ def test_ranks_measure_what_one_does(exam, tmp_path, world_size):
     assert shared.keys() == whole.keys()
     for name, value in whole.items():
         assert shared[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_the_interval_of_the_reward_knows_that_samples_of_a_prompt_are_alike():
+    part = {"rewards": [1.0, 1.0, 0.0, 0.0], "lengths": [1] * 4, "finished": [True] * 4, "entropy": [0.0], "kl": [0.0],
+            **{f"canary_{name}": [0.0] for name in rewards.CANARIES}}
+    low, high = dashboard.summed_up([part], samples=2, with_kl=False)["reward_interval"]
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 2 ** 0.5)                          # two prompts, not four

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dataset.builtin.generate import resolve
-from dataset.lm_dataset import kind_of, load_rows
+from dataset.lm_dataset import PromptDataset, kind_of, load_rows
 from model.adapters.adapted import disabled, has_adapters
 from model.errors import UserError
 from model.generate import inference
@@ -28,6 +28,7 @@ from trainer.credit import degenerate, values_before
 from trainer.gate import gate
 from trainer.losses import balance_loss, count_items, next_token_loss
 from trainer.preflight import first_rows
+from trainer.rewards import build, check_prompts
 from trainer.rollout import check_agreement, join, micro_batches, put_back, sample, score
 from trainer.state import latest
 
@@ -49,6 +50,18 @@ def check(cfg, world_size):
     if cfg.batch_size % (group * world_size * steps):
         raise UserError(f"--batch_size {cfg.batch_size}: must be a multiple of --num_generations {group} x "
                         f"--minibatches {steps} x {world_size} rank(s)")
+
+
+def prepare(run, model, tokenizer, kind, val_kind, longest=0):
+    """(train, val, judge, replay): the prompts of --data and the held-out ones, which of the built-in world are `kind`
+    and `val_kind`; what judges answers of up to `longest` tokens (0: --max_new_tokens); what is learnt beside."""
+    cfg = run.cfg
+    val_path = resolve(cfg.val_data or ("builtin" if cfg.data == "builtin" else ""), val_kind)
+    train, val = run.datasets(PromptDataset, resolve(cfg.data, kind), tokenizer, val_path)
+    judge = build(cfg.reward, tokenizer, run.device, longest or cfg.max_new_tokens, cfg.seed, cfg.evaluator,
+                  cfg.calibrate, model)
+    check_prompts(judge, train)
+    return train, val, judge, Replay(run, tokenizer)
 
 
 def prompts(data, cfg, run, start, choose=None):

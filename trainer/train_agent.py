@@ -56,15 +56,12 @@ import functools
 
 import torch
 
-from dataset.builtin.generate import resolve
-from dataset.lm_dataset import PromptDataset
 from eval.agent import check_tokenizer
 from model.logprobs import token_logprobs
 from trainer import agent, dashboard, experience, preflight, runtime, state
 from trainer.credit import group_advantages
 from trainer.losses import balance_loss, clipped_objective, policy_kl_loss
 from trainer.optim import build_optimizers, lr_at, optimizer_step
-from trainer.rewards import build, check_prompts
 from trainer.rollout import Sampler
 
 
@@ -112,13 +109,8 @@ def main(cfg):
     # --- build
     model, tokenizer = run.load_model()
     check_tokenizer(tokenizer, cfg.model)
-    path = resolve(cfg.data, "agent_prompts")
-    val_path = resolve(cfg.val_data or ("builtin" if cfg.data == "builtin" else ""), "agent_val")
-    train, val = run.datasets(PromptDataset, path, tokenizer, val_path)
-    judge = build(cfg.reward, tokenizer, run.device, cfg.max_turns * cfg.max_new_tokens, cfg.seed,
-                  cfg.evaluator, cfg.calibrate, model)
-    check_prompts(judge, train)
-    replay = experience.Replay(run, tokenizer)
+    train, val, judge, replay = experience.prepare(run, model, tokenizer, "agent_prompts", "agent_val",
+                                                  cfg.max_turns * cfg.max_new_tokens)
     run.plan(model, train, val, tokenizer)
     reference = experience.Reference(model, run.device) if cfg.beta else None
     play = dict(max_turns=cfg.max_turns, max_len=cfg.max_len, show_tools=cfg.show_tools)

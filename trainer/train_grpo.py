@@ -61,8 +61,6 @@ import functools
 
 import torch
 
-from dataset.builtin.generate import resolve
-from dataset.lm_dataset import PromptDataset
 from model.logprobs import token_logprobs
 from trainer import dashboard, experience, preflight, runtime, state
 from trainer.credit import group_advantages, mean_and_std, moments, rloo_advantages
@@ -75,7 +73,6 @@ from trainer.losses import (
     token_weights,
 )
 from trainer.optim import build_optimizers, lr_at, optimizer_step
-from trainer.rewards import build, check_prompts
 from trainer.rollout import Sampler
 
 
@@ -126,13 +123,7 @@ def main(cfg):
 
     # --- build
     model, tokenizer = run.load_model()
-    path = resolve(cfg.data, "practice")
-    val_path = resolve(cfg.val_data or ("builtin" if cfg.data == "builtin" else ""), "practice_val")
-    train, val = run.datasets(PromptDataset, path, tokenizer, val_path)
-    judge = build(cfg.reward, tokenizer, run.device, cfg.max_new_tokens, cfg.seed,
-                  cfg.evaluator, cfg.calibrate, model)
-    check_prompts(judge, train)
-    replay = experience.Replay(run, tokenizer)
+    train, val, judge, replay = experience.prepare(run, model, tokenizer, "practice", "practice_val")
     run.plan(model, train, val, tokenizer)
     reference = experience.Reference(model, run.device) if cfg.beta else None
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference)

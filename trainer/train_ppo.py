@@ -59,15 +59,12 @@ import functools
 
 import torch
 
-from dataset.builtin.generate import resolve
-from dataset.lm_dataset import PromptDataset
 from model.checkpoint import load_reward_model
 from model.logprobs import token_logprobs
 from trainer import dashboard, experience, preflight, runtime, state
 from trainer.credit import adapted_kl_coef, explained_variance, gae, moments, token_rewards, values_before, whiten
 from trainer.losses import balance_loss, clipped_objective, k3, value_loss
 from trainer.optim import build_optimizers, lr_at, optimizer_step
-from trainer.rewards import build, check_prompts
 from trainer.rollout import Sampler
 
 
@@ -135,13 +132,7 @@ def main(cfg):
     model, tokenizer = run.load_model()
     critic, _ = run.load_model(folder=cfg.critic, load=load_reward_model, modules_to_save=("score",),
                                task_type="SEQ_CLS")
-    path = resolve(cfg.data, "practice")
-    val_path = resolve(cfg.val_data or ("builtin" if cfg.data == "builtin" else ""), "practice_val")
-    train, val = run.datasets(PromptDataset, path, tokenizer, val_path)
-    judge = build(cfg.reward, tokenizer, run.device, cfg.max_new_tokens, cfg.seed,
-                  cfg.evaluator, cfg.calibrate, model)
-    check_prompts(judge, train)
-    replay = experience.Replay(run, tokenizer)
+    train, val, judge, replay = experience.prepare(run, model, tokenizer, "practice", "practice_val")
     run.plan(model, train, val, tokenizer)
     reference = experience.Reference(model, run.device) if cfg.beta else None
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference)
