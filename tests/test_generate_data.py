@@ -243,7 +243,7 @@ def test_killed_and_started_again_every_answer_is_there_once(teach, tmp_path):
     entries = read(out)
     assert out.read_bytes().startswith(before) and counts == {"kept": 120}
     assert len(entries) == len({entry["id"] for entry in entries}) == 120
-    assert len(teacher.asked) <= 120 + 2                                       # those on their way at the kill, again
+    assert len(teacher.asked) <= 120 + 4          # twice --concurrency may be on their way at the kill: asked again
     asked = len(teacher.asked)
     assert generate(prompts, out, url=teacher.url, samples=3) == counts and len(teacher.asked) == asked
     assert generate(prompts, out, url=teacher.url, samples=4) == {"kept": 160}                     # one more of each
