@@ -16,6 +16,7 @@ computes them again for the derivative. Only the student has one.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +26,17 @@ from torch.autograd.function import once_differentiable
 from model.kernels import in_chunks, logits_of, matmul_dtype, wide
 
 
-def token_distances(student, teacher, input_ids, segment_ids=None, positions=None, beta=0.0, temperature=1.0):
+def token_distances(student, teacher, input_ids, segment_ids=None, positions=None, beta=0.0, temperature=1.0,
+                    around=nullcontext):
     """(logprobs (B, T), distances (B, T), aux_loss (B,)): `token_logprobs` of the student, and D at every token.
 
     Position t speaks of token t: both distributions are those given the tokens before it; position 0 is 0. `logprobs`
     are at temperature 1, `distances` at `temperature`, without the factor τ². `student` may be wrapped (DDP, FSDP);
     `teacher` is a CausalLM that nothing is learnt through. Its vocabulary may be longer than the student's: padding,
-    which is left out of its distribution.
+    which is left out of its distribution. It is asked inside `around()`: there an adapter of the student can be off,
+    which makes teacher and student one model.
     """
-    with torch.no_grad():
+    with torch.no_grad(), around():
         teacher_hidden, _ = teacher(input_ids, None, segment_ids, positions, head=lambda hidden, lm_head: hidden)
 
     def head(hidden, lm_head):                                                       # hidden (B, T, D)

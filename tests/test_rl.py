@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dataset.lm_dataset import PromptDataset
+from dataset.lm_dataset import PromptDataset, SFTDataset, collate, load_rows
 from model import device as devices
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
+from model.distill import token_distances
 from model.errors import UserError
 from model.tokenizer import Tokenizer
 from model.transformer import CausalLM
@@ -174,9 +175,34 @@ def test_overfit_batch_asks_the_same_prompts_again_and_again(name, place, tmp_pa
     assert len(asked) == 4 and all(rows == asked[0] for rows in asked)
 
 
-def test_replay_is_learnt_from_beside_and_its_loss_is_per_token(place, tmp_path):
+def test_where_rewards_say_nothing_replay_leaves_the_policy_as_it_is(place, tmp_path):
+    """Bit by bit, through an adapter too: KL(reference‖π) has no gradient at π = reference."""
+    options = dict(reward="constant", replay_data=str(place / "chats.jsonl"), max_steps=3, beta=0.0)
+    train("grpo", place, tmp_path / "all", replay=1.0, **options)
+    assert same(weights(tmp_path / "all"), weights(place / "base"))
+    train("grpo", place, tmp_path / "adapter", replay=1.0, lora_rank=2, **options)
+    added = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert not any(value.any() for key, value in added.items() if "lora_B" in key)
+
+
+def test_replay_holds_what_is_not_practised(place, tmp_path):
+    """The same steps of learning, with and without: the conversations are as likely as before."""
+    far = []
+    for weight in (0.0, 3.0):
+        train("grpo", place, tmp_path / f"{weight}", **{**LONG["grpo"], "replay": weight, "max_steps": 15, "lr": 5e-3,
+              "replay_data": str(place / "chats.jsonl")})
+        batch = collate(list(load_rows(SFTDataset, place / "chats.jsonl", NANO, 64, "all")))
+        models = [load_model(folder)[0] for folder in (tmp_path / f"{weight}", place / "base")]
+        with torch.no_grad():
+            _, distances, _ = token_distances(*models, batch["input_ids"], batch["segment_ids"], batch["positions"])
+        far.append(float((distances * batch["loss_mask"]).sum()))
+    assert far[1] < 0.3 * far[0]
+
+
+def test_replay_as_fine_tuning_teaches_its_rows_and_its_loss_is_per_token(place, tmp_path):
     """Equal rewards: nothing but the conversations teaches. The logged loss does not depend on how --loss weighs."""
-    options = dict(reward="constant", replay=0.5, replay_data=str(place / "chats.jsonl"), max_steps=12, seed=1)
+    options = dict(reward="constant", replay=0.5, replay_data=str(place / "chats.jsonl"), max_steps=12, seed=1,
+                   replay_loss="ce")
     for loss in ("dapo", "grpo"):
         train("grpo", place, tmp_path / loss, loss=loss, **options)
         logged = [entry["replay_loss"] for entry in steps_of(tmp_path / loss)]
@@ -298,6 +324,22 @@ def test_a_copy_in_sixteen_bits_samples_for_a_policy_in_thirty_two(name, place, 
     assert all(entry["max_log_ratio"] < 1e-5 for entry in steps_of(tmp_path / "rescored"))
 
 
+# ------------------------------------------------------------------------------------------------- canaries
+
+
+def test_a_reward_that_can_be_had_for_nothing_ends_the_run(place, tmp_path, capsys):
+    """The function likes the word "yes", which the policy never says; a rule that does so is left alone."""
+    (tmp_path / "fooled.py").write_text("def likes(texts, items):\n    return [float(t == 'yes') for t in texts]\n")
+    options = dict(reward=f"{tmp_path / 'fooled.py'}:likes", eval_every=1, max_steps=6)
+    assert train("grpo", place, tmp_path / "guarded", canaries=3, **options)["steps"] == 2      # evaluated at 0, 1, 2
+    assert "an answer without merit" in capsys.readouterr().out
+    assert train("grpo", place, tmp_path / "watched", canaries=0, **options)["steps"] == 6
+    write_prompts(tmp_path / "yes.jsonl", answer="yes")
+    options |= dict(reward="checker", data=str(tmp_path / "yes.jsonl"))
+    assert train("grpo", place, tmp_path / "rule", canaries=1, **options)["steps"] == 6
+    assert all(entry["val_canary_wins"] for entry in held_out(tmp_path / "rule"))
+
+
 # -------------------------------------------------------------------------------- adapters and the reference
 
 
@@ -308,7 +350,7 @@ def test_the_reference_of_an_adapter_is_the_model_below_it(name, place, tmp_path
     monkeypatch.setattr(experience, "Reference", lambda *args: made.append(reference(*args)) or made[-1])
     before = (place / "base" / "model.safetensors").read_bytes()
     train(name, place, tmp_path / "run", lora_rank=2, beta=0.05, lr=3e-2, max_steps=6, eval_every=3)
-    assert made[0].copy is None and made[0].shared is not None
+    assert made[0].shared
     assert (place / "base" / "model.safetensors").read_bytes() == before
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names and "model.safetensors" not in names
@@ -318,13 +360,17 @@ def test_the_reference_of_an_adapter_is_the_model_below_it(name, place, tmp_path
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_reference_is_kept_where_the_kl_has_a_price_and_nowhere_else(name, place, tmp_path, monkeypatch):
+def test_a_reference_is_kept_where_one_is_asked_and_nowhere_else(name, place, tmp_path, monkeypatch):
     made, reference = [], experience.Reference
     monkeypatch.setattr(experience, "Reference", lambda *args: made.append(reference(*args)) or made[-1])
+    again = dict(replay=0.5, replay_data=str(place / "chats.jsonl"), max_steps=1)
     train(name, place, tmp_path / "free", beta=0.0, max_steps=1)
-    assert not made and "val_kl" not in held_out(tmp_path / "free")[-1]
+    train(name, place, tmp_path / "taught", beta=0.0, replay_loss="ce", **again)
+    assert not made and "val_kl" not in held_out(tmp_path / "taught")[-1]
+    train(name, place, tmp_path / "replay", beta=0.0, **again)
+    assert len(made) == 1 and "val_kl" in held_out(tmp_path / "replay")[-1]
     train(name, place, tmp_path / "held", beta=0.05)
-    frozen = made[0].copy
+    frozen = made[1].model
     assert not any(p.requires_grad for p in frozen.parameters())
     assert same(frozen.state_dict(), weights(place / "base")) and not same(frozen.state_dict(),
                                                                            weights(tmp_path / "held"))

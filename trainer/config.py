@@ -103,6 +103,8 @@ class RLConfig(FineTuneConfig):
     calibrate: str = arg("empty", "with a constitution: what is taken off an answer's score: that of an empty one, of "
                          "its words shuffled, or nothing", choices=("empty", "shuffled", "none"))
     replay: float = arg(1.0, "weight of the loss on --replay_data, lest what is not practised be forgotten; 0 = off")
+    replay_loss: str = arg("kl", "what that is: kl holds the policy where it was on those rows, ce teaches them",
+                           choices=("kl", "ce"))
     replay_data: str = arg("", "conversations or text for that; empty: the built-in world's if the prompts are its own")
     replay_rows: int = arg(8, "rows of them per optimizer step, over all ranks")
     rollout_dtype: str = arg("auto", "weights that sample: auto (bfloat16 where it is fast) or float32",
@@ -111,6 +113,8 @@ class RLConfig(FineTuneConfig):
                         "those of sampling")
     min_pass: float = arg(0.05, "refuse to start where fewer of the start policy's completions are right; 0 = never")
     gate_prompts: int = arg(64, "prompts that are tried before the start")
+    canaries: int = arg(3, "where a model or a function of yours judges: stop after so many evaluations in a row in which "
+                        "an answer without merit earns more than the median of the policy's own; 0 = only log it")
     pass_k: int = arg(8, "completions of each held-out prompt from which pass@k is estimated; 0 = greedy answers only")
     eval_every: int = arg(20, "steps between held-out evaluations; 0 = only at the end")
     eval_rows: int = arg(200, "held-out prompts of the evaluations on the way; the last one takes all")

@@ -20,6 +20,7 @@ import torch
 from dataset.builtin.generate import resolve
 from dataset.lm_dataset import PromptDataset, kind_of, load_rows
 from model.adapters.adapted import disabled, has_adapters
+from model.distill import token_distances
 from model.errors import UserError
 from model.generate import inference
 from model.logprobs import token_logprobs
@@ -44,7 +45,7 @@ def check(cfg, world_size):
     """UserError for sizes of a step that cannot be."""
     group, steps = cfg.num_generations, cfg.minibatches
     at_least(cfg, 1, "num_generations", "minibatches", "inner_epochs", "max_new_tokens", "replay_rows", "gate_prompts")
-    at_least(cfg, 0, "replay", "min_pass", "pass_k")
+    at_least(cfg, 0, "replay", "min_pass", "pass_k", "canaries")
     if not 0 < cfg.temperature < float("inf"):
         raise UserError(f"--temperature {cfg.temperature}: must be above 0: a policy that never varies learns nothing")
     if cfg.batch_size % (group * world_size * steps):
@@ -61,6 +62,7 @@ def prepare(run, model, tokenizer, kind, val_kind, longest=0):
     judge = build(cfg.reward, tokenizer, run.device, longest or cfg.max_new_tokens, cfg.seed, cfg.evaluator,
                   cfg.calibrate, model)
     check_prompts(judge, train)
+    run.canary_limit = cfg.canaries if judge.can_be_fooled else 0
     return train, val, judge, Replay(run, tokenizer)
 
 
@@ -133,8 +135,8 @@ def rows_of(path, *args, **options):
 
 
 class Replay:
-    """Conversations and text that a policy goes on learning from while it practises something else; which rows follows
-    from the step.
+    """Conversations and text on which a policy is held where it was, or goes on learning, while it practises something
+    else; which rows follows from the step.
 
     Off, `rows` is None: where --replay is 0, or neither --replay_data nor the built-in world says what.
     """
@@ -147,6 +149,7 @@ class Replay:
             self.rows = load_rows(rows_of, resolve(path, "sft"), tokenizer, cfg.max_len, "train",
                                   val_fraction=cfg.val_fraction, on_bad_record=cfg.on_bad_record)
             self.stream = row_stream(self.rows, cfg.seed)
+        self.needs_reference = self.rows is not None and cfg.replay_loss == "kl"
 
     def micro_batches(self, run, number, num_items, num_tokens):
         """This rank's rows for optimizer step `number` of the run, scaled to what `num_items` divides, and for the log
@@ -161,12 +164,20 @@ class Replay:
         return [{**batch, **scales} for batch in batches]
 
 
-def replay_loss(model, batch, weight, aux_coef):
-    """Summed loss of a micro-batch of `Replay`, and the parts and log-probabilities of a script's compute_loss."""
-    mask = batch["loss_mask"]
-    logprobs, aux = token_logprobs(model, batch["input_ids"], None, batch["segment_ids"], batch["positions"])
-    loss = next_token_loss(logprobs, mask)
-    total = weight * batch["scale"] * (loss + aux_coef * balance_loss(aux, mask))
+def replay_loss(model, reference, batch, cfg, aux_coef):
+    """Summed loss of a micro-batch of `Replay`, and the parts and log-probabilities of a script's compute_loss.
+
+    KL(reference‖π) per token of the whole next-token distribution has no gradient where the policy is what it was: a
+    reward that says nothing then leaves it so. Cross-entropy teaches the rows themselves.
+    """
+    mask, rows = batch["loss_mask"], (batch["input_ids"], batch["segment_ids"], batch["positions"])
+    if cfg.replay_loss == "kl":
+        _, distances, aux = token_distances(model, reference.model, *rows, around=reference)
+        loss = (distances * mask).sum()
+    else:
+        logprobs, aux = token_logprobs(model, rows[0], None, *rows[1:])
+        loss = next_token_loss(logprobs, mask)
+    total = cfg.replay * batch["scale"] * (loss + aux_coef * balance_loss(aux, mask))
     return total, {"replay_loss": batch["log_scale"] * loss}, None
 
 
@@ -260,18 +271,18 @@ class Reference:
     """
 
     def __init__(self, model, device="cpu"):
-        self.shared = model if has_adapters(model) else None
-        self.copy = None
-        if self.shared is None:                                      # a model that will be cut up is not there yet
-            self.copy = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.shared = has_adapters(model)
+        self.model = model
+        if not self.shared:                                          # a model that will be cut up is not there yet
+            self.model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
 
     @contextmanager
     def __call__(self):
-        if self.shared is None:
-            yield self.copy
+        if self.shared:
+            with disabled(self.model):
+                yield self.model
         else:
-            with disabled(self.shared):
-                yield self.shared
+            yield self.model
 
 
 def long_rows(run, width=0, **columns):

@@ -206,6 +206,11 @@ class Judge:
     tokenizer: object
     max_new_tokens: int
 
+    @property
+    def can_be_fooled(self):
+        """Whether anything but rules and chance judges: a reward model, a constitution, a function of the user's."""
+        return not self.parts.keys() <= RULES.keys() | {"random"}
+
     def __call__(self, rollout):
         answers = answers_of(rollout, self.max_new_tokens)
         device, components = rollout.input_ids.device, {}

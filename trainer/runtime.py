@@ -73,6 +73,7 @@ class Run:
         # measure(model, data, tokenizer, device, max_rows, rank, world_size) -> held-out figures: "loss", the headline,
         # its "…_interval" and any more
         self.measure, self.headline = evaluate_loss, "bits_per_byte"
+        self.canary_limit = 0                  # evaluations that canaries may win in a row; 0 = any number
         self.shown_notes = ()                  # which of the notes have a column on the screen
         self.total_steps = self.last_place = self.rows_per_step = 0
         self.sampling_seconds = 0.0            # of a step's rollout, where the script samples
@@ -524,6 +525,8 @@ class Run:
         self.seconds_per_row = seconds / min(rows or len(val), len(val))
         if self.cfg.early_stop and not final:
             self.watch.evaluated(step, model, scores["loss"])
+        if self.canary_limit and not final:
+            self.watch.canaries(step, scores["canary_wins"])
         self.aside += time.perf_counter() - start
         return scores
 
@@ -555,7 +558,7 @@ class Run:
             os.write(1, told.encode())
 
     def stop_requested(self):
-        """Whether any rank was told to stop, or --early_stop says so; the same answer on every rank."""
+        """Whether any rank was told to stop, or --early_stop or --canaries says so; the same answer on every rank."""
         return self.signalled() or self.watch.gives_up()
 
     def signalled(self):

@@ -65,10 +65,10 @@ from trainer.optim import build_optimizers, lr_at, optimizer_step
 from trainer.rollout import Sampler
 
 
-def compute_loss(model, batch, cfg, aux_coef):
+def compute_loss(model, reference, batch, cfg, aux_coef):
     """Summed loss over the exchanges of a micro-batch of rows (b, T), its parts for the log, and logprobs (b, T)."""
     if "loss_mask" in batch:
-        return experience.replay_loss(model, batch, cfg.replay, aux_coef)
+        return experience.replay_loss(model, reference, batch, cfg, aux_coef)
     mask, old, advantages = batch["completion_mask"], batch["old_logprobs"], batch["advantages"]      # …, (b,)
     logprobs, aux = token_logprobs(model, batch["input_ids"], batch["attention_mask"], temperature=cfg.temperature)
     logprobs = logprobs * mask                                                                        # (b, T)
@@ -112,7 +112,7 @@ def main(cfg):
     train, val, judge, replay = experience.prepare(run, model, tokenizer, "agent_prompts", "agent_val",
                                                   cfg.max_turns * cfg.max_new_tokens)
     run.plan(model, train, val, tokenizer)
-    reference = experience.Reference(model, run.device) if cfg.beta else None
+    reference = experience.Reference(model, run.device) if cfg.beta or replay.needs_reference else None
     play = dict(max_turns=cfg.max_turns, max_len=cfg.max_len, show_tools=cfg.show_tools)
     sample, answer = functools.partial(agent.sample_turns, **play), functools.partial(agent.answer_turns, **play)
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference, sample=sample,
@@ -121,7 +121,8 @@ def main(cfg):
     wrapped = run.wrap(model)
     experience.gate_start(run, model, tokenizer, train, judge, sample)
     optimizers = build_optimizers(model, cfg, run.muon_dtype)
-    run.preflight(wrapped, optimizers, lambda batch: compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef)[:2],
+    run.preflight(wrapped, optimizers,
+                  lambda batch: compute_loss(wrapped, reference, batch, cfg, model.config.aux_loss_coef)[:2],
                   experience.long_rows(run, cfg.max_len, advantages=1, ref_logprobs=2),
                   lambda run: run.sample(agent.show, model, tokenizer, val, judge, cfg, sample))
     sampler = Sampler(model, cfg.rollout_dtype, run.dtype)
@@ -146,7 +147,7 @@ def main(cfg):
             seen = []
             for batch in run.accumulate(wrapped, micro_batches):
                 with run.autocast():
-                    loss, parts, logprobs = compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef)
+                    loss, parts, logprobs = compute_loss(wrapped, reference, batch, cfg, model.config.aux_loss_coef)
                 run.scale(loss * run.world_size / num_items).backward()                # DDP averages: x ranks = sum
                 run.add(**parts)
                 seen.append(logprobs)

@@ -76,10 +76,10 @@ from trainer.optim import build_optimizers, lr_at, optimizer_step
 from trainer.rollout import Sampler
 
 
-def compute_loss(model, batch, cfg, aux_coef):
+def compute_loss(model, reference, batch, cfg, aux_coef):
     """Summed loss over the completions of a micro-batch of rows (b, T), its parts for the log, and logprobs (b, T)."""
     if "loss_mask" in batch:
-        return experience.replay_loss(model, batch, cfg.replay, aux_coef)
+        return experience.replay_loss(model, reference, batch, cfg, aux_coef)
     mask, old, advantages = batch["completion_mask"], batch["old_logprobs"], batch["advantages"]      # …, (b,)
     logprobs, aux = token_logprobs(model, batch["input_ids"], batch["attention_mask"], temperature=cfg.temperature)
     logprobs = logprobs * mask                                                                        # (b, T)
@@ -125,13 +125,14 @@ def main(cfg):
     model, tokenizer = run.load_model()
     train, val, judge, replay = experience.prepare(run, model, tokenizer, "practice", "practice_val")
     run.plan(model, train, val, tokenizer)
-    reference = experience.Reference(model, run.device) if cfg.beta else None
+    reference = experience.Reference(model, run.device) if cfg.beta or replay.needs_reference else None
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference)
     run.headline, run.shown_notes = dashboard.headline(val), ("reward", "length")
     wrapped = run.wrap(model)
     experience.gate_start(run, model, tokenizer, train, judge)
     optimizers = build_optimizers(model, cfg, run.muon_dtype)
-    run.preflight(wrapped, optimizers, lambda batch: compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef)[:2],
+    run.preflight(wrapped, optimizers,
+                  lambda batch: compute_loss(wrapped, reference, batch, cfg, model.config.aux_loss_coef)[:2],
                   experience.long_rows(run, advantages=1, ref_logprobs=2),
                   lambda run: run.sample(dashboard.show, model, tokenizer, val, judge, cfg))
     sampler = Sampler(model, cfg.rollout_dtype, run.dtype)
@@ -160,7 +161,7 @@ def main(cfg):
             seen = []
             for batch in run.accumulate(wrapped, micro_batches):
                 with run.autocast():
-                    loss, parts, logprobs = compute_loss(wrapped, batch, cfg, model.config.aux_loss_coef)
+                    loss, parts, logprobs = compute_loss(wrapped, reference, batch, cfg, model.config.aux_loss_coef)
                 run.scale(loss * run.world_size / num_items).backward()                # DDP averages: x ranks = sum
                 run.add(**parts)
                 seen.append(logprobs)

@@ -68,11 +68,11 @@ from trainer.optim import build_optimizers, lr_at, optimizer_step
 from trainer.rollout import Sampler
 
 
-def compute_loss(model, critic, batch, cfg, aux_coef):
+def compute_loss(model, critic, reference, batch, cfg, aux_coef):
     """Summed losses of policy and critic over the completions of a micro-batch of rows (b, T), their parts for the log,
     and logprobs (b, T)."""
     if "loss_mask" in batch:
-        return experience.replay_loss(model, batch, cfg.replay, aux_coef)
+        return experience.replay_loss(model, reference, batch, cfg, aux_coef)
     mask, old, advantages = batch["completion_mask"], batch["old_logprobs"], batch["advantages"]      # (b, T)
     logprobs, aux = token_logprobs(model, batch["input_ids"], batch["attention_mask"], temperature=cfg.temperature)
     logprobs = logprobs * mask                                                                        # (b, T)
@@ -134,7 +134,7 @@ def main(cfg):
                                task_type="SEQ_CLS")
     train, val, judge, replay = experience.prepare(run, model, tokenizer, "practice", "practice_val")
     run.plan(model, train, val, tokenizer)
-    reference = experience.Reference(model, run.device) if cfg.beta else None
+    reference = experience.Reference(model, run.device) if cfg.beta or replay.needs_reference else None
     run.measure = functools.partial(dashboard.measure, run=run, judge=judge, reference=reference)
     run.headline, run.shown_notes = dashboard.headline(val), ("reward", "length")
     wrapped, wrapped_critic = run.wrap(model), run.wrap(critic)
@@ -142,7 +142,7 @@ def main(cfg):
     optimizers, critic_optimizers = (build_optimizers(part, cfg, run.muon_dtype) for part in (model, critic))
     both = [*optimizers, *critic_optimizers]
     run.keeps = {"critic": critic, "beta": KLCoefficient(cfg.beta)}
-    run.preflight(wrapped, both, lambda batch: compute_loss(wrapped, wrapped_critic, batch, cfg,
+    run.preflight(wrapped, both, lambda batch: compute_loss(wrapped, wrapped_critic, reference, batch, cfg,
                                                             model.config.aux_loss_coef)[:2],
                   experience.long_rows(run, advantages=2, values=2, returns=2),
                   lambda run: run.sample(dashboard.show, model, tokenizer, val, judge, cfg))
@@ -170,7 +170,7 @@ def main(cfg):
             seen = []
             for batch in run.accumulate(wrapped, micro_batches):
                 with run.autocast():
-                    loss, parts, logprobs = compute_loss(wrapped, wrapped_critic, batch, cfg,
+                    loss, parts, logprobs = compute_loss(wrapped, wrapped_critic, reference, batch, cfg,
                                                          model.config.aux_loss_coef)
                 run.scale(loss * run.world_size / num_items).backward()                # DDP averages: x ranks = sum
                 run.add(**parts)

@@ -26,6 +26,7 @@ class Watch:
         self.skipped = self.in_a_row = 0       # steps whose update was left out
         self.recent, self.spikes = [], 0       # losses of the last progress lines; jumps among all of them
         self.best, self.waited = {}, 0         # {"step", "loss"} of the best evaluation; evaluations since then
+        self.fooled = 0                        # evaluations in a row that a canary won
 
     # --- not finite
 
@@ -102,9 +103,17 @@ class Watch:
         else:
             self.waited += 1
 
+    def canaries(self, step, won):
+        """Count evaluations in which an answer without merit earned more than the policy's median one."""
+        self.fooled = self.fooled + 1 if won else 0
+        if self.fooled:
+            self.run.print(f"    warning: at step {step:,} an answer without merit earns more than the policy's median "
+                           f"one (canary_… in metrics.jsonl); the run ends at {self.run.canary_limit} in a row, now "
+                           f"{self.fooled}. Mend the reward, or go on with --canaries 0")
+
     def gives_up(self):
-        """Whether --early_stop ends the run: so many evaluations in a row were no improvement."""
-        return 0 < self.run.cfg.early_stop <= self.waited
+        """Whether --early_stop ends the run: so many evaluations in a row were no improvement; or --canaries does."""
+        return 0 < self.run.cfg.early_stop <= self.waited or 0 < self.run.canary_limit <= self.fooled
 
     def take_best(self, step, model, val, tokenizer):
         """At the end of a run with --early_stop: fill the model with the best weights, the last ones among them."""
@@ -117,7 +126,8 @@ class Watch:
     # --- what of it is kept and told
 
     def state(self):
-        return {name: getattr(self, name) for name in ("skipped", "in_a_row", "recent", "spikes", "best", "waited")}
+        kept = "skipped", "in_a_row", "recent", "spikes", "best", "waited", "fooled"
+        return {name: getattr(self, name) for name in kept}
 
     def restore(self, saved):
         for name, value in saved.items():
