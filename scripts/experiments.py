@@ -50,7 +50,7 @@ class Run:
     seeds: tuple = (42,)
     base: str = "out/full_sft"        # what an adapter lies on
     first: str = ""                   # a command before that one, whose --out is what DATA stands for in `train`
-    curve: str = ""                   # which held-out figure is kept of every evaluation, with its minute
+    curve: tuple = ()                 # which held-out figures are kept of every evaluation, after its minute
 
 
 # What a judge writes to --out is kept, as far as it is a number or an interval.
@@ -63,6 +63,7 @@ JUDGES = {
     "text": "eval/eval_loss.py --data builtin:pretrain --split val",
     "thinking": "eval/skills.py --data builtin:reason_test --thinking on",
     "at once": "eval/skills.py --data builtin:reason_test --thinking off",
+    "errands": "eval/agent.py",
 }
 
 QUIET = " --eval_every 0 --sample_every 0"       # only the final evaluation counts here
@@ -84,9 +85,15 @@ MANNERS = ("manners", "skills")
 REWARD = "trainer/train_reward.py --optimizer muon --compile off" + QUIET
 REASON = "trainer/train_reason.py --max_steps 1000 --compile off" + QUIET
 PRACTICE = ("practice", "skills", "text")
-STEPS = " --max_steps 100 --compile off --sample_every 0 --eval_every 10 --eval_rows 150"
+STEPS = " --max_steps 60 --compile off --sample_every 0 --eval_every 10 --eval_rows 150"
 GRPO, PPO, SPO = (f"trainer/train_{name}.py{STEPS}" for name in ("grpo", "ppo", "spo"))
 PAIRS = f"{REWARD} --lr 1e-3 --data builtin:preferences_more"
+TASTE, AGENT = (RUNS.relative_to(ROOT) / group for group in ("taste", "agent"))
+ASKED = "trainer/train_grpo.py --data builtin:manners --val_data builtin:manners_val --replay_data builtin:sft:0.75," \
+        "builtin:pretrain:0.25 --max_steps 120 --compile off --sample_every 40 --eval_every 10 --eval_rows 150"
+TOOLS = f"trainer/train_agent.py --model {AGENT}/traces-seed42 --max_steps 80 --compile off --sample_every 0" \
+        " --eval_every 10 --eval_rows 150"
+ERRANDS = ("errands", "skills")
 
 GROUPS = {
     "lora": [
@@ -132,20 +139,37 @@ GROUPS = {
     ],
     "rl": [
         Run("before", "", PRACTICE),
-        Run("GRPO", GRPO, PRACTICE, THREE, curve="accuracy"),
-        Run("PPO", PPO, PRACTICE, THREE, curve="accuracy"),
-        Run("SPO", SPO, PRACTICE, THREE, curve="accuracy"),
-        Run("control: GRPO, random reward", f"{GRPO} --reward random", PRACTICE, THREE, curve="accuracy"),
-        Run("control: GRPO, constant reward", f"{GRPO} --reward constant", PRACTICE, curve="accuracy"),
-        Run("control: PPO, random reward", f"{PPO} --reward random", PRACTICE, curve="accuracy"),
-        Run("control: SPO, random reward", f"{SPO} --reward random", PRACTICE, curve="accuracy"),
-        *(Run(f"GRPO, --loss {loss}", f"{GRPO} --loss {loss}", PRACTICE, curve="accuracy")
+        Run("GRPO", GRPO, PRACTICE, THREE, curve=("accuracy",)),
+        Run("PPO", PPO, PRACTICE, THREE, curve=("accuracy",)),
+        Run("SPO", SPO, PRACTICE, THREE, curve=("accuracy",)),
+        Run("control: GRPO, random reward", f"{GRPO} --reward random", PRACTICE, THREE, curve=("accuracy",)),
+        Run("control: GRPO, constant reward", f"{GRPO} --reward constant", PRACTICE, curve=("accuracy",)),
+        Run("control: PPO, random reward", f"{PPO} --reward random", PRACTICE, curve=("accuracy",)),
+        Run("control: SPO, random reward", f"{SPO} --reward random", PRACTICE, curve=("accuracy",)),
+        *(Run(f"GRPO, --loss {loss}", f"{GRPO} --loss {loss}", PRACTICE, curve=("accuracy",))
           for loss in ("grpo", "dr_grpo", "gspo", "cispo", "rloo")),
-        Run("GRPO by LoRA", f"{GRPO} --lora_rank 8 --lr 2e-3", PRACTICE, curve="accuracy"),
-        Run("GRPO without replay", f"{GRPO} --replay 0", PRACTICE, curve="accuracy"),
+        Run("GRPO by LoRA", f"{GRPO} --lora_rank 8 --lr 5e-4", PRACTICE, curve=("accuracy",)),
+        Run("GRPO without replay", f"{GRPO} --replay 0", PRACTICE, curve=("accuracy",)),
+        Run("GRPO without KL to the start", f"{GRPO} --beta 0", PRACTICE, curve=("accuracy",)),
         Run("rejection sampling, then SFT", f"{FULL} --data DATA:0.5,builtin:sft:0.5 --max_steps 300 --lr 3e-4"
             f" --compile off{QUIET}", PRACTICE,
             first="scripts/generate_data.py --data builtin:practice --limit 4000 --samples 4 --temperature 1"),
+    ],
+    "taste": [
+        Run("before", "", MANNERS),
+        Run("reward model of 200 pairs", f"{REWARD} --lr 1e-3 --epochs 8 --data builtin:preferences_few", ("reward",)),
+        Run("GRPO, that reward model", f"{ASKED} --reward {TASTE}/reward_model_of_200_pairs-seed42", MANNERS,
+            curve=("accuracy", "reward")),
+        Run("the same, stopped early", f"{ASKED} --reward {TASTE}/reward_model_of_200_pairs-seed42 --early_stop 4",
+            MANNERS, curve=("accuracy", "reward")),
+        Run("evaluator", f"{REWARD} --head yesno --lr 2e-3 --schedule wsd", ("reward",)),
+        Run("GRPO, constitution", f"{ASKED} --reward constitution:builtin --evaluator {TASTE}/evaluator-seed42",
+            MANNERS, curve=("accuracy", "reward", "canary_wins")),
+    ],
+    "agent": [
+        Run("traces", f"{FULL} --data builtin:agent:0.5,builtin:sft:0.5 --max_steps 115 --compile off{QUIET}", ERRANDS),
+        Run("GRPO over turns", TOOLS, ERRANDS, THREE, curve=("accuracy",)),
+        Run("control: random reward", f"{TOOLS} --reward random", ERRANDS, curve=("accuracy",)),
     ],
     "distillation": [
         Run("teacher", f"trainer/train_pretrain.py --size 6x256 --tokenizer out/pretrain --max_steps 1825{QUIET}", ()),
@@ -177,6 +201,12 @@ COLUMNS = {
                "their tokens": ("at once.mean_tokens", ".1f"), "skills from before": ("skills.mean", ".1%")},
     "rl": {"minutes": ("minutes", ".1f"), "practised skills": ("practice.mean", ".1%"),
            "skills from before": ("skills.mean", ".1%"), "bits per byte of text": ("text.bits_per_byte", ".3f")},
+    "taste": {"minutes": ("minutes", ".1f"), "own answers preferred": ("manners.win_rate", ".1%"),
+              "asked politely": ("manners.polite", ".1%"), "plainly": ("manners.plain", ".1%"),
+              "tokens": ("manners.tokens", ".1f"), "skills from before": ("skills.mean", ".1%"),
+              "the reward, held out": ("held_out.reward", ".2f")},
+    "agent": {"minutes": ("minutes", ".1f"), "errands done": ("errands.mean", ".1%"),
+              "skills from before": ("skills.mean", ".1%")},
     "distillation": {"tokens": ("tokens", ",.0f"), "minutes": ("minutes", ".1f"),
                      "bits per byte, held out": ("held_out.bits_per_byte", ".3f"), "skills": ("skills.mean", ".1%")},
 }
@@ -211,7 +241,8 @@ def do(group, one, seed, threads):
                                                     "trained_parameters", "machine", "commit")}
         record["held_out"] = numbers(summary["held_out"])
         if one.curve:
-            record["curve"] = [[point["minutes"], round(point[one.curve], 4)] for point in summary["curve"]]
+            record["curve"] = [[point["minutes"], *(round(point[name], 4) for name in one.curve)]
+                               for point in summary["curve"]]
         adapted = (folder / "adapter_config.json").exists()
         place = ("--model", one.base, "--adapter", folder) if adapted else ("--model", folder)
     for judge in one.judges:
@@ -229,10 +260,12 @@ def slug(name):
 
 
 def numbers(figures):
-    """Those values of a dict that are numbers or pairs of numbers; of a score by skill, each skill's accuracy too."""
+    """Those values of a dict that are numbers or pairs of numbers; of a score by skill or request, each one's too."""
     kept = {name: round_off(value) for name, value in figures.items() if round_off(value) is not None}
     for name, skill in figures.get("skills", {}).items():
         kept[name] = round_off(skill["accuracy"])
+    for name, request in figures.get("requests", {}).items():
+        kept[name] = round_off(request["win_rate"])
     return kept
 
 
@@ -297,7 +330,7 @@ def figure(record, path):
 # ---------------------------------------------------------------------------------------------------- curves
 
 
-PLOTTED = {"rl": ("GRPO", "PPO", "SPO", "control: GRPO, random reward")}
+PLOTTED = {"rl": ("GRPO", "PPO", "SPO", "control: GRPO, random reward"), "taste": ("GRPO, that reward model",)}
 
 
 def plot(group, records):
@@ -308,8 +341,13 @@ def plot(group, records):
     axis = figure.add_subplot()
     for number, name in enumerate(PLOTTED[group]):
         for nth, record in enumerate(record for record in records if record["run"] == name):
-            axis.plot(*zip(*record["curve"], strict=True), color=f"C{number}", linewidth=1.3, marker=".",
+            minutes, accuracy, *reward = zip(*(point[:3] for point in record["curve"]), strict=True)
+            axis.plot(minutes, accuracy, color=f"C{number}", linewidth=1.3, marker=".",
                       label=name if nth == 0 else None)
+            if reward:                                                # of what the policy was trained on
+                other = axis.twinx()
+                other.plot(minutes, reward[0], color="C3", linewidth=1.3, marker=".")
+                other.set_ylabel("reward on held-out prompts, as the policy is trained (red)")
     axis.set(xlabel="minutes, evaluations included", ylabel="accuracy on held-out prompts", ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,11 @@
 """
-Every stage on the built-in world, one after the other: tokenizer, pretraining, fine-tuning, evaluation, a conversation.
+From nothing to a chat model on the built-in world: tokenizer, pretraining, fine-tuning, reinforcement learning (GRPO),
+evaluation, a conversation.
 
 It runs the same commands that you would type, prints each, and sums up what they measured. The numbers of steps are
 fixed, so that everybody gets the same model; the minutes are only a cap. Stopped and started again it continues.
 
-writes  out/tokenizer  out/pretrain  out/full_sft  out/quickstart/report.md  out/quickstart/report.json
+writes  out/tokenizer  out/pretrain  out/full_sft  out/grpo  out/quickstart/report.md  out/quickstart/report.json
 run     bash scripts/quickstart.sh              makes a virtual environment first
         python scripts/quickstart.py            where the requirements are installed
 """
@@ -35,7 +36,9 @@ class Config:
     size: str = arg("nano", "size of the model")
     pretrain_steps: int = arg(1150, "optimizer steps of pretraining")
     sft_steps: int = arg(800, "optimizer steps of fine-tuning")
-    max_minutes: float = arg(6.0, "cap for each of the two training stages")
+    rl_steps: int = arg(60, "steps of reinforcement learning")
+    min_pass: float = arg(0.05, "share of right answers under which that does not start")
+    max_minutes: float = arg(6.0, "cap for each of the three training stages")
     eval_items: int = arg(0, "held-out items of every skill; 0 = all")
 
 
@@ -45,10 +48,11 @@ def main(cfg):
     report_folder.mkdir(parents=True, exist_ok=True)
     if (report_folder / "report.md").exists():
         print((report_folder / "report.md").read_text(encoding="utf-8"))
-        print(f"The quickstart is done. Talk to the model:  python scripts/chat.py --model {shown(out / 'full_sft')}\n"
+        print(f"The quickstart is done. Talk to the model:  python scripts/chat.py --model {shown(out / 'grpo')}\n"
               f"To run it again from nothing, remove {shown(out)}.")
         return
-    tokenizer, pretrain, sft, untrained = (out / name for name in ("tokenizer", "pretrain", "full_sft", "untrained"))
+    tokenizer, pretrain, sft, grpo, untrained = (
+        out / name for name in ("tokenizer", "pretrain", "full_sft", "grpo", "untrained"))
     cap = ["--max_minutes", str(cfg.max_minutes)]
 
     if not (tokenizer / "tokenizer.json").exists():
@@ -56,15 +60,17 @@ def main(cfg):
     script("trainer/train_pretrain.py", "--size", cfg.size, "--tokenizer", tokenizer, "--max_steps", cfg.pretrain_steps,
            "--out", pretrain, *cap)
     script("trainer/train_full_sft.py", "--model", pretrain, "--max_steps", cfg.sft_steps, "--out", sft, *cap)
+    script("trainer/train_grpo.py", "--model", sft, "--max_steps", cfg.rl_steps, "--min_pass", cfg.min_pass, "--out",
+           grpo, *cap)
     save_untrained(pretrain, untrained)
-    for folder in (untrained, pretrain, sft):
-        scores = report_folder / f"skills_{folder.name}.json"
-        if not scores.exists():
-            script("eval/skills.py", "--model", folder, "--limit", cfg.eval_items, "--out", scores)
-    conversation = script("scripts/chat.py", "--model", sft, "--prompts", "auto", "--temperature", 0, capture=True)
-    write_report(report_folder, pretrain, sft, conversation)
+    for folder in (untrained, pretrain, sft, grpo):
+        score("skills", folder, "builtin", cfg.eval_items, report_folder)
+    for folder in (sft, grpo):
+        score("practice", folder, "builtin:practice_test", cfg.eval_items, report_folder)
+    conversation = script("scripts/chat.py", "--model", grpo, "--prompts", "auto", "--temperature", 0, capture=True)
+    write_report(report_folder, pretrain, sft, grpo, conversation)
     print((report_folder / "report.md").read_text(encoding="utf-8"))
-    print(f"Talk to it:  python scripts/chat.py --model {shown(sft)}")
+    print(f"Talk to it:  python scripts/chat.py --model {shown(grpo)}")
 
 
 def shown(path):
@@ -85,6 +91,13 @@ def script(name, *flags, capture=False):
     return done.stdout
 
 
+def score(name, model, data, items, folder):
+    """Exact match of a checkpoint on exercises, to NAME_MODEL.json."""
+    path = folder / f"{name}_{model.name}.json"
+    if not path.exists():
+        script("eval/skills.py", "--model", model, "--data", data, "--limit", items, "--out", path)
+
+
 def save_untrained(pretrain, folder):
     """The model as it was born, to compare with: same shape and tokenizer, random weights."""
     import torch
@@ -96,18 +109,21 @@ def save_untrained(pretrain, folder):
     save_model(folder, CausalLM(load_config(pretrain)), Tokenizer.load(pretrain))
 
 
-def write_report(folder, pretrain, sft, conversation):
+def write_report(folder, pretrain, sft, grpo, conversation):
     """report.json with every figure, and report.md made from it."""
     figures = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
                "start": json.loads((pretrain / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]),
                "stages": {path.name: json.loads((path / "summary.json").read_text(encoding="utf-8"))
-                          for path in (pretrain, sft)},
-               "skills": {}, "conversation": conversation.strip()}
-    for name in ("untrained", "pretrain", "full_sft"):
-        scores = json.loads((folder / f"skills_{name}.json").read_text(encoding="utf-8"))
-        figures["skills"][name] = {key: scores[key] for key in ("mean", "mean_interval", "skills")}
+                          for path in (pretrain, sft, grpo)},
+               "skills": {}, "practice": {}, "conversation": conversation.strip()}
+    for path in sorted(folder.glob("skills_*.json")) + sorted(folder.glob("practice_*.json")):
+        kind, _, name = path.stem.partition("_")
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        figures[kind][name] = {key: scores[key] for key in ("mean", "mean_interval", "skills")}
     (folder / "report.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
     text = ["# From nothing to a model that answers", "", *stage_table(figures), "", *skill_table(figures), "",
+            "What GRPO practised, without being told an answer: longer words than fine-tuning had", "",
+            *practice_table(figures), "",
             "A conversation with it:", "", "```", figures["conversation"], "```", ""]
     (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
 
@@ -118,28 +134,42 @@ def percent(value, interval):
 
 def stage_table(figures):
     """Lines of a table: what each stage took and what it reached on held-out text and exercises, 95 % intervals."""
-    yield "| stage | minutes | bits per byte, held out | skills, exact match |"
-    yield "|---|--:|---|---|"
-    for name, label in (("untrained", "untrained"), ("pretrain", "pretrained"), ("full_sft", "fine-tuned")):
+    yield "| stage | minutes | bits per byte, held out | skills, exact match | longer words |"
+    yield "|---|--:|---|---|---|"
+    start = {key.removeprefix("val_"): value for key, value in figures["start"].items()}
+    for name, label in (("untrained", "untrained"), ("pretrain", "pretrained"), ("full_sft", "fine-tuned"),
+                        ("grpo", "practised (GRPO)")):
         stage = figures["stages"].get(name)
-        start = {key.removeprefix("val_"): value for key, value in figures["start"].items()}
-        scores = stage["held_out"] if stage else start
-        low, high = scores["bits_per_byte_interval"]
-        skills = figures["skills"][name]
-        cells = [label, f"{stage['minutes']:.1f}" if stage else "",
-                 f"{scores['bits_per_byte']:.3f} [{low:.3f}, {high:.3f}]{' of answers' if name == 'full_sft' else ''}",
-                 percent(skills["mean"], skills["mean_interval"])]
+        held_out = stage["held_out"] if stage else start
+        bits = ""
+        if "bits_per_byte" in held_out:
+            low, high = held_out["bits_per_byte_interval"]
+            of_answers = " of answers" if name == "full_sft" else ""
+            bits = f"{held_out['bits_per_byte']:.3f} [{low:.3f}, {high:.3f}]{of_answers}"
+        scores = [figures[kind].get(name) for kind in ("skills", "practice")]
+        cells = [label, f"{stage['minutes']:.1f}" if stage else "", bits,
+                 *(percent(score["mean"], score["mean_interval"]) if score else "" for score in scores)]
         yield f"| {' | '.join(cells)} |"
 
 
 def skill_table(figures):
     """Lines of a table: exact match of every skill on exercises that no training record contains."""
-    yield "| skill | untrained | pretrained | fine-tuned |"
-    yield "|---|--:|--:|--:|"
+    yield "| skill | untrained | pretrained | fine-tuned | practised |"
+    yield "|---|--:|--:|--:|--:|"
     skills = figures["skills"]
     for name, tuned in skills["full_sft"]["skills"].items():
-        earlier = [f"{skills[stage]['skills'][name]['accuracy']:.0%}" for stage in ("untrained", "pretrain")]
-        yield f"| {name} | {' | '.join(earlier)} | {percent(tuned['accuracy'], tuned['interval'])} |"
+        others = [f"{skills[stage]['skills'][name]['accuracy']:.0%}" for stage in ("untrained", "pretrain", "grpo")]
+        yield f"| {name} | {' | '.join(others[:2])} | {percent(tuned['accuracy'], tuned['interval'])} | {others[2]} |"
+
+
+def practice_table(figures):
+    """Lines of a table: exact match on the exercises of reinforcement learning, before and after."""
+    yield "| skill | fine-tuned | practised |"
+    yield "|---|--:|--:|"
+    before, after = (figures["practice"][name]["skills"] for name in ("full_sft", "grpo"))
+    for name in before:
+        cells = [percent(skills[name]["accuracy"], skills[name]["interval"]) for skills in (before, after)]
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

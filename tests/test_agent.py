@@ -369,7 +369,7 @@ def test_results_of_tools_get_exactly_no_gradient(talkative):
 
     batch = {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask, "advantages": advantages,
              "completion_mask": rollout.completion_mask, "old_logprobs": rollout.old_logprobs}
-    loss, parts, logprobs = train_agent.compute_loss(spying, batch, cfg, 0.0)
+    loss, parts, logprobs = train_agent.compute_loss(spying, None, batch, cfg, 0.0)
     loss.backward()
     predicts_sampled = rollout.completion_mask.roll(-1, 1)
     predicts_sampled[:, -1] = False

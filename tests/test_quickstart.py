@@ -10,15 +10,17 @@ from scripts import quickstart
 
 def test_quickstart_runs_all_stages_and_the_second_time_says_it_is_done(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    cfg = quickstart.Config(out=str(tmp_path), vocab_size=320, size="1x32", pretrain_steps=2, sft_steps=2, eval_items=1)
+    cfg = quickstart.Config(out=str(tmp_path), vocab_size=320, size="1x32", pretrain_steps=2, sft_steps=2, rl_steps=2,
+                            min_pass=0.0, eval_items=1)
     quickstart.main(cfg)
     report = (tmp_path / "quickstart" / "report.md").read_text(encoding="utf-8")
     figures = json.loads((tmp_path / "quickstart" / "report.json").read_text(encoding="utf-8"))
     skills = figures["skills"]["full_sft"]["skills"]
     assert len(skills) >= 12 and all(f"| {name} |" in report for name in skills)
     assert {"add_two_digits", "subtract_two_digits", "word_problem"} <= skills.keys()
-    assert all(word in report for word in ("untrained", "pretrained", "fine-tuned", "A conversation"))
-    for name in ("pretrain", "full_sft"):
+    assert all(word in report for word in ("untrained", "pretrained", "fine-tuned", "practised", "A conversation"))
+    assert figures["practice"].keys() == {"full_sft", "grpo"} and "reverse_long" in report
+    for name in ("pretrain", "full_sft", "grpo"):
         assert figures["stages"][name]["steps"] == 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "full_sft")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full_sft")

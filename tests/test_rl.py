@@ -30,7 +30,8 @@ SCRIPTS = {"grpo": train_grpo, "spo": train_spo, "ppo": train_ppo}
 TINY = dict(max_len=64, batch_size=8, max_new_tokens=4, max_steps=4, warmup_steps=2, lr=1e-2, dtype="float32",
             device="cpu", replay=0.0, min_pass=0.0, gate_prompts=2, pass_k=2, log_every=1, eval_every=0, sample_every=0,
             save_every=0)
-OWN = {"grpo": dict(num_generations=4), "spo": dict(pool=20, offline=2), "ppo": dict(critic_warmup=2, critic_lr=1e-2)}
+OWN = {"grpo": dict(num_generations=4, beta=0.0), "spo": dict(pool=20, offline=2, beta=0.0),
+       "ppo": dict(critic_warmup=2, critic_lr=1e-2)}
 TIMES = ("tokens_per_second", "minutes", "mfu", "memory_gb")
 
 
@@ -409,7 +410,7 @@ def test_every_loss_is_its_formula(loss):
     batch = {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask, "completion_mask": mask,
              "old_logprobs": old, "ref_logprobs": ref,
              "advantages": train_grpo.credit(stub_run(cfg), R, rollout.groups)}
-    total, parts, _ = train_grpo.compute_loss(model, batch, cfg, 0.0)
+    total, parts, _ = train_grpo.compute_loss(model, None, batch, cfg, 0.0)
     low, high = {"gspo": (3e-4, 4e-4), "dapo": (0.2, 0.28), "cispo": (0, 5.0)}.get(loss, (0.2, 0.2))
     wanted = 0.0
     for i in range(4):

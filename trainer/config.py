@@ -86,7 +86,7 @@ class FineTuneConfig(TrainConfig):
 @dataclass
 class RLConfig(FineTuneConfig):
     """What the stages of reinforcement learning share: a policy answers prompts, and learns from how it is judged."""
-    lr: float = arg(2e-4, "peak learning rate: 2e-4 suits nano, 1e-6 (LoRA 1e-5) models of a billion parameters")
+    lr: float = arg(5e-5, "peak learning rate: 5e-5 suits nano, 1e-6 (LoRA 1e-5) models of a billion parameters")
     schedule: str = arg("constant", "after warm-up: wsd (flat, then down), cosine or constant",
                         choices=("wsd", "cosine", "constant"))
     warmup_steps: int = arg(10, "steps of linear warm-up from 0")
@@ -113,8 +113,8 @@ class RLConfig(FineTuneConfig):
                         "those of sampling")
     min_pass: float = arg(0.05, "refuse to start where fewer of the start policy's completions are right; 0 = never")
     gate_prompts: int = arg(64, "prompts that are tried before the start")
-    canaries: int = arg(3, "where a model or a function of yours judges: stop after so many evaluations in a row in which "
-                        "an answer without merit earns more than the median of the policy's own; 0 = only log it")
+    canaries: int = arg(3, "where a model or a function of yours judges: stop after so many evaluations in a row in "
+                        "which an answer without merit earns more than the median of the policy's; 0 = only log it")
     pass_k: int = arg(8, "completions of each held-out prompt from which pass@k is estimated; 0 = greedy answers only")
     eval_every: int = arg(20, "steps between held-out evaluations; 0 = only at the end")
     eval_rows: int = arg(200, "held-out prompts of the evaluations on the way; the last one takes all")

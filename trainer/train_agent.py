@@ -39,12 +39,13 @@ from trainer.config import MINIMIND_FLAGS, RLConfig, arg, parse_args
 @dataclass
 class Config(RLConfig):
     model: str = arg("out/agent_sft", "checkpoint folder to start from: size, tokenizer and chat template come from it")
+    lr: float = arg(1e-4, "peak learning rate: 1e-4 suits nano, 1e-6 (LoRA 1e-5) models of a billion parameters")
     max_turns: int = arg(4, "turns of the policy in an exchange, the answer included")
     max_new_tokens: int = arg(64, "longest turn in tokens, where a prompt does not ask for fewer")
     show_tools: bool = arg(False, "describe the tools in the prompts, in some 600 tokens: for a model that was not "
                            "taught them by examples")
     call_weight: float = arg(0.2, "share of its reward that a right answer loses if all its calls went wrong")
-    beta: float = arg(0.0, "weight of the KL to the policy before training; 0 = no reference is kept")
+    beta: float = arg(0.0, "weight of the KL to the policy before training; 0 = none")
     clip_low: float = arg(0.2, "ε below")
     clip_high: float = arg(0.28, "ε above")
 

@@ -42,7 +42,7 @@ class Config(RLConfig):
     critic: str = arg("", "reward model or other folder that the critic begins as; empty: as the policy")
     critic_lr: float = arg(1e-3, "learning rate of the critic")
     critic_warmup: int = arg(5, "first steps, in which the critic learns and the policy does not")
-    beta: float = arg(0.02, "price of a nat of KL to the policy before training, in reward; 0 = no reference is kept")
+    beta: float = arg(0.02, "price of a nat of KL to the policy before training, in reward; 0 = none")
     kl_target: float = arg(0.0, "nats per completion: beta is raised and lowered to keep the KL there; 0 = beta stays")
     gamma: float = arg(1.0, "discount of rewards to come, per token")
     lam: float = arg(0.95, "λ of the advantages: 1 = only rewards count, 0 = only the critic's next value")

@@ -15,8 +15,8 @@ writes  out/spo   a Hugging Face folder, metrics.jsonl, summary.json, curves.png
 run     python trainer/train_spo.py --max_minutes 6
         torchrun --nproc_per_node 4 trainer/train_spo.py --model out/full_sft --data prompts.jsonl --lora_rank 16
 
-Deviations: 1. a KL penalty can be added (--beta), as in train_grpo.py; the paper has none. 2. only --pool prompts of
-the data are used, each of which is tried --offline times before the start.
+Deviations: 1. a KL penalty is added (--beta), as in train_grpo.py and for its reasons; the paper has none. 2. only
+--pool prompts of the data are used, each of which is tried --offline times before the start.
 """
 
 import pathlib
@@ -37,7 +37,7 @@ class Config(RLConfig):
     num_generations: int = arg(1, "completions of each prompt")
     pool: int = arg(2048, "prompts of the data that are practised; 0 = all of them")
     offline: int = arg(4, "completions of the start policy to each of them, from which its record begins")
-    beta: float = arg(0.0, "weight of the KL to the policy before training; 0 = no reference is kept")
+    beta: float = arg(0.1, "weight of the KL to the policy before training; 0 = none")
     clip_low: float = arg(0.2, "ε below")
     clip_high: float = arg(0.28, "ε above")
 
