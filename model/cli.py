@@ -13,7 +13,10 @@ Field types are str, int, float and bool only; "off" is 0 or "". A bool becomes 
 
 import argparse
 import dataclasses
+import pathlib
 import sys
+
+SHIPPED = pathlib.Path(__file__).resolve().parent / "nano"          # the checkpoint that comes with the project
 
 
 def arg(default, help, choices=None, positional=False):
@@ -56,3 +59,12 @@ def parse_args(cls, argv=None, description="", hints=None):
             parser.add_argument(f"--{field.name}", type=field.type, choices=field.metadata["choices"],
                                 metavar=None if field.metadata["choices"] else field.type.__name__.upper(), **options)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def or_shipped(folder):
+    """`folder`, a script's default checkpoint, or while nothing was trained there the one that comes along, said so."""
+    if folder.is_dir() or not SHIPPED.is_dir():
+        return folder
+    print(f"{folder.parent.name}/{folder.name} is not there yet (bash scripts/quickstart.sh trains it): this is "
+          f"{SHIPPED.parent.name}/{SHIPPED.name}, which comes along", flush=True)
+    return SHIPPED

@@ -2,7 +2,7 @@
 
 In lecture order:
   1. KVCache         keys and values of the tokens so far, so that each new token costs one position and not all of them
-  2. filter_logits   which tokens may come next: penalty, temperature, top-k, top-p, min-p, in this order
+  2. filter_logits   which tokens may come next: penalties, temperature, top-k, top-p, min-p, in this order
   3. draw            one token per row from that distribution, and its log-probability
   4. Batch           prompts of different lengths being continued together
   5. StopScanner     text that is certain: whole characters, and never the beginning of a stop string
@@ -15,7 +15,7 @@ then taken at τ = 1.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -82,7 +82,8 @@ class KVCache:
 class SamplingParams:
     """How to continue a prompt. The defaults sample from the model's own distribution, which is what RL needs.
 
-    `temperature` 0 takes the likeliest token; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
+    `temperature` 0 takes the likeliest token; `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1, the other two
+    penalties 0 and an empty `logit_bias` ({token id: what is added to its logit}) are off.
     `seed` None takes the seed from torch's global generator. Generation ends at a token of `stop_ids` (default: the
     tokenizer's, where one is given), before a string of `stop_strings`, or after `max_new_tokens`.
     """
@@ -95,6 +96,9 @@ class SamplingParams:
     seed: int | None = None
     stop_ids: tuple = ()
     stop_strings: tuple = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict = field(default_factory=dict)
 
     def __post_init__(self):
         limits = [("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -103,6 +107,8 @@ class SamplingParams:
                   ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
                   ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
                   ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
+                  ("presence_penalty", abs(self.presence_penalty) < float("inf"), "a number (0 is off)"),
+                  ("frequency_penalty", abs(self.frequency_penalty) < float("inf"), "a number (0 is off)"),
                   ("seed", self.seed is None or self.seed >= 0, "0 or more"),
                   ("stop_strings", all(self.stop_strings), "non-empty strings")]
         for name, ok, allowed in limits:
@@ -117,6 +123,14 @@ def penalize_repetition(logits, seen, penalty):
     logits (B, V); seen (B, V) bool, True = in the row's prompt or continuation. Returns (B, V).
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def penalize_counts(logits, counts, presence, frequency):
+    """z_v ← z_v - presence · [c_v > 0] - frequency · c_v, where token v was written c_v times (OpenAI's definition).
+
+    logits (B, V); counts (B, V), of the continuation only: the prompt does not count. Returns (B, V).
+    """
+    return logits - presence * (counts > 0) - frequency * counts
 
 
 def keep_top_k(logits, k):
@@ -144,14 +158,20 @@ def keep_min_p(logits, p):
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + np.log(p), float("-inf"))
 
 
-def filter_logits(logits, params, seen=None):
-    """The logits of the distribution sampled from: penalty → ÷ τ → top-k → top-p → min-p. (B, V) → (B, V), >= fp32.
+def filter_logits(logits, params, seen=None, counts=None):
+    """The logits of the distribution sampled from: bias → penalties → ÷ τ → top-k → top-p → min-p.
 
-    seen (B, V) bool is read only with a repetition penalty. At temperature 0 only the penalty applies.
+    (B, V) → (B, V), >= fp32. seen (B, V) bool is read only with a repetition penalty, counts (B, V) only with a
+    presence or frequency penalty. At temperature 0 only bias and penalties apply.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if params.logit_bias:
+        ids = torch.tensor([*params.logit_bias], device=logits.device)
+        logits = logits.index_add(1, ids, logits.new_tensor([*params.logit_bias.values()]).expand(len(logits), -1))
     if params.repetition_penalty != 1:
         logits = penalize_repetition(logits, seen, params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        logits = penalize_counts(logits, counts, params.presence_penalty, params.frequency_penalty)
     if params.temperature == 0:
         return logits
     if params.temperature != 1:
@@ -190,9 +210,13 @@ def uniform_draws(seed, prompts, num_samples, steps, device):
     A row depends on (seed, its prompt's index, its sample's index) and on nothing else: not on its neighbours in the
     batch, nor on when they finish.
     """
-    rows = [np.random.default_rng((seed, i, j)).random(steps, dtype=np.float32)
-            for i in prompts for j in range(num_samples)]
+    rows = [row_draws(seed, i, j, steps) for i in prompts for j in range(num_samples)]
     return torch.from_numpy(np.stack(rows)).to(device)
+
+
+def row_draws(seed, prompt, sample, steps):
+    """The (steps,) uniform numbers of one row."""
+    return np.random.default_rng((seed, prompt, sample)).random(steps, dtype=np.float32)
 
 
 # --- 4. rows that are continued together
@@ -225,6 +249,9 @@ class Batch:
             self.seen = torch.zeros_like(self.logits, dtype=torch.bool)
             row, column = mask[:, :longest].nonzero(as_tuple=True)
             self.seen[row, ids[row, column]] = True
+        self.counts = None                                                 # (N, V), how often the row wrote this token
+        if params.presence_penalty or params.frequency_penalty:
+            self.counts = torch.zeros_like(self.logits, dtype=torch.float32)
         if num_samples > 1:
             self.cache = self.cache.expand(num_samples)
             self.each_row(lambda tensor: tensor.repeat_interleave(num_samples, dim=0))
@@ -233,6 +260,7 @@ class Batch:
         self.logits, self.positions = change(self.logits), change(self.positions)
         self.mask = None if self.mask is None else change(self.mask)
         self.seen = None if self.seen is None else change(self.seen)
+        self.counts = None if self.counts is None else change(self.counts)
 
     def next_logits(self, ids, positions):
         mask = None if self.mask is None else self.mask[:, :self.cache.length + ids.shape[1]]
@@ -242,13 +270,15 @@ class Batch:
 
     def draw(self, uniform):
         """The next token of every row and its logprob, (N,) each; uniform (N,) is not read at temperature 0."""
-        logits = filter_logits(self.logits, self.params, self.seen)
+        logits = filter_logits(self.logits, self.params, self.seen, self.counts)
         return draw(logits, uniform if self.params.temperature > 0 else None)
 
     def append(self, tokens):
         """Continue every row with its token (N,)."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
+        if self.counts is not None:
+            self.counts[torch.arange(len(tokens), device=tokens.device), tokens] += 1
         self.logits = self.next_logits(tokens[:, None], self.positions[:, None])
         self.positions = self.positions + 1
 
@@ -393,10 +423,8 @@ class Stream:
     grow with every token. The text is that of generate(model, [prompt_ids], params, tokenizer).
     """
 
-    def __init__(self, model, tokenizer, prompt_ids, params):
-        self.model, self.tokenizer, self.prompt_ids, self.params = model, tokenizer, prompt_ids, params
-        self.stop_ids, (self.steps,), seed = check(model, [prompt_ids], params, tokenizer)
-        self.uniform = uniform_draws(seed, [0], 1, self.steps, model.lm_head.weight.device)
+    def __init__(self, tokenizer, params, stop_ids, tokens):
+        self.scanner, self.stop_ids, self.tokens = StopScanner(tokenizer, params.stop_strings), stop_ids, tokens
         self.ids, self.logprobs, self.completion = [], [], None
         self.pieces = self.run()
 
@@ -407,22 +435,16 @@ class Stream:
         return next(self.pieces)
 
     def run(self):
-        scanner, batch, tokens, stopped = StopScanner(self.tokenizer, self.params.stop_strings), None, None, False
-        for step in range(self.steps):
-            with inference(self.model):                                    # closed again before each yield
-                if batch is None:
-                    batch = Batch(self.model, [self.prompt_ids], self.params, 1, self.steps)
-                else:
-                    batch.append(tokens)
-                tokens, logprobs = batch.draw(self.uniform[:, step])
-            self.ids.append(tokens.item())
-            self.logprobs.append(logprobs.item())
-            if not np.isfinite(self.logprobs[-1]):
+        scanner, stopped = self.scanner, False
+        for token, logprob in self.tokens:
+            self.ids.append(token)
+            self.logprobs.append(logprob)
+            if not np.isfinite(logprob):
                 raise UserError(NOT_FINITE)
-            piece = "" if self.ids[-1] in self.stop_ids else scanner.push(self.ids[-1])
+            piece = "" if token in self.stop_ids else scanner.push(token)
             if piece:
                 yield piece
-            stopped = self.ids[-1] in self.stop_ids or scanner.stopped
+            stopped = token in self.stop_ids or scanner.stopped
             if stopped:
                 break
         piece = scanner.flush()
@@ -433,7 +455,22 @@ class Stream:
 
 def stream(model, tokenizer, prompt_ids, params):
     """Continue one prompt, a list of ids; returns a `Stream` of text. Raises UserError as `generate` does."""
-    return Stream(model, tokenizer, prompt_ids, params)
+    stop_ids, (steps,), seed = check(model, [prompt_ids], params, tokenizer)
+    return Stream(tokenizer, params, stop_ids, token_by_token(model, prompt_ids, params, steps, seed))
+
+
+def token_by_token(model, prompt_ids, params, steps, seed):
+    """The next `steps` tokens and their logprobs, one pair after the other."""
+    uniform = uniform_draws(seed, [0], 1, steps, model.lm_head.weight.device)
+    batch = tokens = None
+    for step in range(steps):
+        with inference(model):                                             # closed again before each yield
+            if batch is None:
+                batch = Batch(model, [prompt_ids], params, 1, steps)
+            else:
+                batch.append(tokens)
+            tokens, logprobs = batch.draw(uniform[:, step])
+        yield tokens.item(), logprobs.item()
 
 
 NOT_FINITE = ("the model's logits are not finite: its weights are damaged (a training run that diverged), or float16 "
@@ -450,9 +487,12 @@ def check(model, prompts, params, tokenizer):
             raise UserError(f"prompt {i} is empty: begin with at least one token (bos, for free text)")
         if len(prompt) >= limit:
             raise UserError(f"prompt {i} has {len(prompt)} tokens and the model {limit} positions "
-                            "(max_position_embeddings): nothing can follow; shorten the prompt")
+                            "(max_position_embeddings): nothing can follow; shorten the prompt, or give the script "
+                            "that reads it a longer context (--rope_scaling yarn:F, F times as long as trained)")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise UserError(f"prompt {i} holds an id outside 0..{vocab - 1}: is this the model's own tokenizer?")
+    if not all(0 <= token < vocab for token in params.logit_bias):
+        raise UserError(f"logit_bias holds an id outside 0..{vocab - 1}")
     stop_ids = params.stop_ids or (tokenizer.stop_ids if tokenizer is not None else ())
     seed = params.seed
     if seed is None:                                                       # greedy search leaves the generator alone

@@ -23,7 +23,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-from model.cli import arg, parse_args
+from model.cli import arg, or_shipped, parse_args
 from model.errors import UserError, run
 
 # torch takes seconds to import: the functions that need it import it, so that --help and a wrong flag answer at once.
@@ -42,11 +42,13 @@ HINTS = {"weight": "--model FOLDER", "load_from": "--model FOLDER", "save_dir": 
 
 @dataclass
 class Config:
-    model: str = arg(DEFAULT_MODEL, "checkpoint folder")
+    model: str = arg(DEFAULT_MODEL, "checkpoint folder; the default before anything was trained: model/nano")
     adapter: str = arg("", "adapter folder to use on it, as out/lora; several by commas, /adapter switches")
     rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
     quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
                         choices=("none", "int8", "int4", "nf4"))
+    draft: str = arg("", "checkpoint folder of a smaller model with the same tokenizer: it guesses and --model "
+                         "checks, faster where the guesses are often right; the answers are those of --model")
     prompts: str = arg("", "answer these and leave: auto (a built-in list), a text file with one a line, or .jsonl")
     raw: bool = arg(False, "continue the text as it is, without chat template (for base checkpoints)")
     system: str = arg("", "system message, said before everything else")
@@ -66,8 +68,8 @@ class Config:
 
 THINKING = {"auto": None, "on": True, "off": False}            # enable_thinking of the chat template
 SETTABLE = {name: type(value) for name, value in dataclasses.asdict(Config()).items()
-            if name not in ("model", "adapter", "rope_scaling", "quantize", "prompts", "raw", "seed", "device",
-                            "dtype")}
+            if name not in ("model", "adapter", "rope_scaling", "quantize", "draft", "prompts", "raw", "seed",
+                            "device", "dtype")}
 HELP = f"""\
 /NAME VALUE   change a setting: {", ".join(SETTABLE)}
               (/temperature 0.7, /thinking on, /system You are a pirate., /system alone for none)
@@ -84,6 +86,10 @@ class Chat:
     def __init__(self, cfg):
         self.cfg = cfg
         self.model, self.tokenizer = load(cfg)
+        self.draft = None
+        if cfg.draft:
+            from model.speculative import load_draft
+            self.draft = load_draft(cfg.draft, self.model, self.tokenizer)
         self.exchanges = []                                                # [(user message, assistant message)]
         self.answers = self.tokens = self.seconds = 0
 
@@ -111,16 +117,24 @@ class Chat:
             ids, _ = tokenizer.render(messages[:start] + before + messages[start:], add_generation_prompt=True,
                                       enable_thinking=THINKING[cfg.thinking])
             if len(ids) <= room or not kept:
-                return ids
+                break
             kept = kept[1:]
+        left_out = min(cfg.history, len(self.exchanges)) - len(kept)
+        if left_out:
+            show(dim(f"[{left_out} of the earlier exchanges left out, the oldest: the model has {limit} positions; "
+                     "--rope_scaling yarn:F makes it F times as many as trained]") + "\n")
+        return ids
 
     def answer(self, messages):
         """Print the answer to messages (a list that ends with the user's) as it comes, and remember the exchange."""
-        from model.generate import stream
+        from model import generate, speculative
         from model.tokenizer import lift_structure
         begin = time.perf_counter()
         prompt = self.prompt_ids(messages)
-        pieces = stream(self.model, self.tokenizer, prompt, self.params())
+        if self.draft is None:
+            pieces = generate.stream(self.model, self.tokenizer, prompt, self.params())
+        else:
+            pieces = speculative.stream(self.model, self.draft, self.tokenizer, prompt, self.params())
         # The template of a thinking prompt may write <think> itself; the model goes on behind it.
         text = "<think>" if prompt[-1] == self.tokenizer.special.get("<think>") else ""
         show(text)
@@ -129,12 +143,15 @@ class Chat:
                 text += piece
                 show(printable(piece))
             reason = pieces.completion.finish_reason
+            if reason == "length" and len(prompt) + len(pieces.ids) >= self.model.config.max_position_embeddings:
+                reason += ": no positions left in the model; --rope_scaling yarn:F makes it F times as many as trained"
         except KeyboardInterrupt:
             reason = "stopped"
         seconds = time.perf_counter() - begin
         count = len(pieces.ids)
         self.answers, self.tokens, self.seconds = self.answers + 1, self.tokens + count, self.seconds + seconds
-        show("\n" + dim(f"[{count} tokens, {count / seconds:.0f} tokens/s, {reason}]") + "\n")
+        guessed = "" if self.draft is None else f", {pieces.tokens.accepted} of {pieces.tokens.proposed} guesses right"
+        show("\n" + dim(f"[{count} tokens, {count / seconds:.0f} tokens/s, {reason}{guessed}]") + "\n")
         reply, _ = lift_structure({"role": "assistant", "content": text})
         self.exchanges.append((messages[-1], reply))
 
@@ -186,7 +203,7 @@ def load(cfg):
     """(model, tokenizer) of cfg.model, on the device and in the dtype asked for."""
     from model.checkpoint import load_model
     from model.device import pick_device, pick_dtype
-    folder = ROOT / cfg.model if cfg.model == DEFAULT_MODEL else pathlib.Path(cfg.model)
+    folder = or_shipped(ROOT / cfg.model) if cfg.model == DEFAULT_MODEL else pathlib.Path(cfg.model)
     if not folder.is_dir():
         raise UserError(f"--model {cfg.model}: there is no such folder; train one (python trainer/train_full_sft.py) "
                         "or name another")

@@ -139,12 +139,16 @@ GROUPS = {
     ],
     "rl": [
         Run("before", "", PRACTICE),
-        Run("GRPO", GRPO, PRACTICE, THREE, curve=("accuracy",)),
+        Run("GRPO", GRPO, PRACTICE, THREE, curve=("accuracy", "pass_8")),
         Run("PPO", PPO, PRACTICE, THREE, curve=("accuracy",)),
         Run("SPO", SPO, PRACTICE, THREE, curve=("accuracy",)),
         Run("control: GRPO, random reward", f"{GRPO} --reward random", PRACTICE, THREE, curve=("accuracy",)),
         Run("control: GRPO, constant reward", f"{GRPO} --reward constant", PRACTICE, curve=("accuracy",)),
         Run("control: PPO, random reward", f"{PPO} --reward random", PRACTICE, curve=("accuracy",)),
+        Run("control: GRPO, random reward, no KL", f"{GRPO} --reward random --beta 0", PRACTICE, THREE,
+            curve=("accuracy",)),
+        Run("control: constant reward, replay by ce", f"{GRPO} --reward constant --replay_loss ce", PRACTICE,
+            curve=("accuracy",)),
         Run("control: SPO, random reward", f"{SPO} --reward random", PRACTICE, curve=("accuracy",)),
         *(Run(f"GRPO, --loss {loss}", f"{GRPO} --loss {loss}", PRACTICE, curve=("accuracy",))
           for loss in ("grpo", "dr_grpo", "gspo", "cispo", "rloo")),
@@ -165,6 +169,9 @@ GROUPS = {
         Run("evaluator", f"{REWARD} --head yesno --lr 2e-3 --schedule wsd", ("reward",)),
         Run("GRPO, constitution", f"{ASKED} --reward constitution:builtin --evaluator {TASTE}/evaluator-seed42",
             MANNERS, curve=("accuracy", "reward", "canary_wins")),
+        Run("lopsided constitution, no leash, no guard", f"{ASKED} --reward constitution:dataset/builtin/"
+            f"constitution_lopsided.txt --evaluator {TASTE}/evaluator-seed42 --calibrate none --canaries 0 --beta 0"
+            " --replay 0 --lr 2e-4", MANNERS, curve=("accuracy", "reward", "canary_wins")),
     ],
     "agent": [
         Run("traces", f"{FULL} --data builtin:agent:0.5,builtin:sft:0.5 --max_steps 115 --compile off{QUIET}", ERRANDS),
@@ -200,7 +207,8 @@ COLUMNS = {
                "tokens": ("thinking.mean_tokens", ".1f"), "hard sums, at once": ("at once.mean", ".1%"),
                "their tokens": ("at once.mean_tokens", ".1f"), "skills from before": ("skills.mean", ".1%")},
     "rl": {"minutes": ("minutes", ".1f"), "practised skills": ("practice.mean", ".1%"),
-           "skills from before": ("skills.mean", ".1%"), "bits per byte of text": ("text.bits_per_byte", ".3f")},
+           "one of 8 samples": ("held_out.pass_8", ".1%"), "skills from before": ("skills.mean", ".1%"),
+           "bits per byte of text": ("text.bits_per_byte", ".3f")},
     "taste": {"minutes": ("minutes", ".1f"), "own answers preferred": ("manners.win_rate", ".1%"),
               "asked politely": ("manners.polite", ".1%"), "plainly": ("manners.plain", ".1%"),
               "tokens": ("manners.tokens", ".1f"), "skills from before": ("skills.mean", ".1%"),
@@ -340,13 +348,14 @@ def plot(group, records):
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.add_subplot()
     for number, name in enumerate(PLOTTED[group]):
+        kept = next(one.curve for one in GROUPS[group] if one.name == name)
         for nth, record in enumerate(record for record in records if record["run"] == name):
-            minutes, accuracy, *reward = zip(*(point[:3] for point in record["curve"]), strict=True)
-            axis.plot(minutes, accuracy, color=f"C{number}", linewidth=1.3, marker=".",
+            minutes, *figures = zip(*record["curve"], strict=True)
+            axis.plot(minutes, figures[0], color=f"C{number}", linewidth=1.3, marker=".",
                       label=name if nth == 0 else None)
-            if reward:                                                # of what the policy was trained on
+            if "reward" in kept:
                 other = axis.twinx()
-                other.plot(minutes, reward[0], color="C3", linewidth=1.3, marker=".")
+                other.plot(minutes, figures[kept.index("reward")], color="C3", linewidth=1.3, marker=".")
                 other.set_ylabel("reward on held-out prompts, as the policy is trained (red)")
     axis.set(xlabel="minutes, evaluations included", ylabel="accuracy on held-out prompts", ylim=(0, 1))
     axis.grid(alpha=0.3)

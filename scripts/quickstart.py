@@ -8,6 +8,7 @@ fixed, so that everybody gets the same model; the minutes are only a cap. Stoppe
 writes  out/tokenizer  out/pretrain  out/full_sft  out/grpo  out/quickstart/report.md  out/quickstart/report.json
 run     bash scripts/quickstart.sh              makes a virtual environment first
         python scripts/quickstart.py            where the requirements are installed
+        python scripts/quickstart.py --ship model/nano      made the checkpoint that comes with the project
 """
 
 import pathlib
@@ -40,6 +41,7 @@ class Config:
     min_pass: float = arg(0.05, "share of right answers under which that does not start")
     max_minutes: float = arg(6.0, "cap for each of the three training stages")
     eval_items: int = arg(0, "held-out items of every skill; 0 = all")
+    ship: str = arg("", "save the last checkpoint in bfloat16 to this folder too, with the report as its card")
 
 
 def main(cfg):
@@ -50,6 +52,8 @@ def main(cfg):
         print((report_folder / "report.md").read_text(encoding="utf-8"))
         print(f"The quickstart is done. Talk to the model:  python scripts/chat.py --model {shown(out / 'grpo')}\n"
               f"To run it again from nothing, remove {shown(out)}.")
+        if cfg.ship:
+            ship(out / "grpo", report_folder, cfg.ship)
         return
     tokenizer, pretrain, sft, grpo, untrained = (
         out / name for name in ("tokenizer", "pretrain", "full_sft", "grpo", "untrained"))
@@ -71,6 +75,8 @@ def main(cfg):
     write_report(report_folder, pretrain, sft, grpo, conversation)
     print((report_folder / "report.md").read_text(encoding="utf-8"))
     print(f"Talk to it:  python scripts/chat.py --model {shown(grpo)}")
+    if cfg.ship:
+        ship(grpo, report_folder, cfg.ship)
 
 
 def shown(path):
@@ -107,6 +113,29 @@ def save_untrained(pretrain, folder):
     from model.transformer import CausalLM
     torch.manual_seed(0)
     save_model(folder, CausalLM(load_config(pretrain)), Tokenizer.load(pretrain))
+
+
+def ship(checkpoint, report_folder, folder):
+    """Save a checkpoint in bfloat16, half the bytes, with the report as its model card."""
+    import torch
+
+    from model.checkpoint import load_model, save_model
+    model, tokenizer = load_model(checkpoint)
+    report = (report_folder / "report.md").read_text(encoding="utf-8")
+    card = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A model of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters
+
+Trained from nothing in minutes on the built-in world of this project, text that a program writes: a toy that copies,
+sorts, adds small numbers and knows some people and animals, in English. What it was trained by, and how it did, in
+float32; here it is in bfloat16. `python scripts/quickstart.py --ship {pathlib.Path(folder).as_posix()}` makes it again.
+
+{report.replace("# ", "## ", 1)}"""
+    save_model(folder, model, tokenizer, torch.bfloat16, card)
+    print(f"saved to {folder}")
 
 
 def write_report(folder, pretrain, sft, grpo, conversation):

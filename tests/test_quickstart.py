@@ -3,15 +3,19 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from model.checkpoint import load_model
+from model.generate import SamplingParams, generate
 from scripts import quickstart
+from scripts.quickstart import ROOT
 
 
 def test_quickstart_runs_all_stages_and_the_second_time_says_it_is_done(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cfg = quickstart.Config(out=str(tmp_path), vocab_size=320, size="1x32", pretrain_steps=2, sft_steps=2, rl_steps=2,
-                            min_pass=0.0, eval_items=1)
+                            min_pass=0.0, eval_items=1, ship=str(tmp_path / "shipped"))
     quickstart.main(cfg)
     report = (tmp_path / "quickstart" / "report.md").read_text(encoding="utf-8")
     figures = json.loads((tmp_path / "quickstart" / "report.json").read_text(encoding="utf-8"))
@@ -28,9 +32,25 @@ def test_quickstart_runs_all_stages_and_the_second_time_says_it_is_done(tmp_path
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
 
+    trained, shipped = (load_model(tmp_path / name)[0].state_dict() for name in ("grpo", "shipped"))
+    assert all(torch.equal(shipped[name], value.bfloat16().float()) for name, value in trained.items())
+
     capfd.readouterr()
     quickstart.main(cfg)
     assert "The quickstart is done" in capfd.readouterr().out
+
+
+def test_the_checkpoint_that_comes_along_answers_and_its_card_is_that_of_the_committed_run():
+    figures = json.loads((ROOT / "scripts" / "results" / "quickstart.json").read_text(encoding="utf-8"))
+    assert sum(path.stat().st_size for path in (ROOT / "model" / "nano").iterdir()) < 4e6
+    card = (ROOT / "model" / "nano" / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in (*quickstart.stage_table(figures), *quickstart.skill_table(figures), *quickstart.practice_table(figures)):
+        assert line in card, line
+    model, tokenizer = load_model(ROOT / "model" / "nano")
+    asked = ("Repeat: m i l o", "Reverse: t a n e k", "Upper case: b r a v o", "What is 7+5?")
+    prompts = [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)[0] for text in asked]
+    answers = generate(model, prompts, SamplingParams(max_new_tokens=24, temperature=0.0), tokenizer)
+    assert [answer.text for answer, in answers] == ["m i l o", "k e n a t", "B R A V O", "12"]
 
 
 def test_a_failing_stage_ends_it_with_its_exit_code(tmp_path, capfd):
