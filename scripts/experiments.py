@@ -90,7 +90,8 @@ GRPO, PPO, SPO = (f"trainer/train_{name}.py{STEPS}" for name in ("grpo", "ppo", 
 PAIRS = f"{REWARD} --lr 1e-3 --data builtin:preferences_more"
 TASTE, AGENT = (RUNS.relative_to(ROOT) / group for group in ("taste", "agent"))
 ASKED = "trainer/train_grpo.py --data builtin:manners --val_data builtin:manners_val --replay_data builtin:sft:0.75," \
-        "builtin:pretrain:0.25 --max_steps 120 --compile off --sample_every 40 --eval_every 10 --eval_rows 150"
+        "builtin:pretrain:0.25 --max_steps 80 --compile off --sample_every 40 --eval_every 10 --eval_rows 150"
+SCORED = f"{ASKED} --reward {TASTE}/reward_model_of_200_pairs-seed42 --canaries 0"
 TOOLS = f"trainer/train_agent.py --model {AGENT}/traces-seed42 --max_steps 80 --compile off --sample_every 0" \
         " --eval_every 10 --eval_rows 150"
 ERRANDS = ("errands", "skills")
@@ -162,10 +163,9 @@ GROUPS = {
     "taste": [
         Run("before", "", MANNERS),
         Run("reward model of 200 pairs", f"{REWARD} --lr 1e-3 --epochs 8 --data builtin:preferences_few", ("reward",)),
-        Run("GRPO, that reward model", f"{ASKED} --reward {TASTE}/reward_model_of_200_pairs-seed42", MANNERS,
+        Run("GRPO, that reward model", SCORED, MANNERS,
             curve=("accuracy", "reward")),
-        Run("the same, stopped early", f"{ASKED} --reward {TASTE}/reward_model_of_200_pairs-seed42 --early_stop 4",
-            MANNERS, curve=("accuracy", "reward")),
+        Run("the same, stopped early", f"{SCORED} --early_stop 4", MANNERS, curve=("accuracy", "reward")),
         Run("evaluator", f"{REWARD} --head yesno --lr 2e-3 --schedule wsd", ("reward",)),
         Run("GRPO, constitution", f"{ASKED} --reward constitution:builtin --evaluator {TASTE}/evaluator-seed42",
             MANNERS, curve=("accuracy", "reward", "canary_wins")),

@@ -332,7 +332,7 @@ def test_a_reward_that_can_be_had_for_nothing_ends_the_run(place, tmp_path, caps
     """The function likes the word "yes", which the policy never says; a rule that does so is left alone."""
     (tmp_path / "fooled.py").write_text("def likes(texts, items):\n    return [float(t == 'yes') for t in texts]\n")
     options = dict(reward=f"{tmp_path / 'fooled.py'}:likes", eval_every=1, max_steps=6)
-    assert train("grpo", place, tmp_path / "guarded", canaries=3, **options)["steps"] == 2      # evaluated at 0, 1, 2
+    assert train("grpo", place, tmp_path / "guarded", canaries=3, **options)["steps"] == 3
     assert "an answer without merit" in capsys.readouterr().out
     assert train("grpo", place, tmp_path / "watched", canaries=0, **options)["steps"] == 6
     write_prompts(tmp_path / "yes.jsonl", answer="yes")

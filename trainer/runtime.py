@@ -525,7 +525,7 @@ class Run:
         self.seconds_per_row = seconds / min(rows or len(val), len(val))
         if self.cfg.early_stop and not final:
             self.watch.evaluated(step, model, scores["loss"])
-        if self.canary_limit and not final:
+        if self.canary_limit and step and not final:
             self.watch.canaries(step, scores["canary_wins"])
         self.aside += time.perf_counter() - start
         return scores
