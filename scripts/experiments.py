@@ -163,12 +163,15 @@ GROUPS = {
     "taste": [
         Run("before", "", MANNERS),
         Run("reward model of 200 pairs", f"{REWARD} --lr 1e-3 --epochs 8 --data builtin:preferences_few", ("reward",)),
-        Run("GRPO, that reward model", SCORED, MANNERS,
+        Run("GRPO, that reward model", SCORED, MANNERS, curve=("accuracy", "reward")),
+        Run("the same, no leash, 4 x the rate", f"{SCORED} --beta 0 --replay 0 --lr 2e-4", MANNERS,
             curve=("accuracy", "reward")),
         Run("the same, stopped early", f"{SCORED} --early_stop 4", MANNERS, curve=("accuracy", "reward")),
         Run("evaluator", f"{REWARD} --head yesno --lr 2e-3 --schedule wsd", ("reward",)),
         Run("GRPO, constitution", f"{ASKED} --reward constitution:builtin --evaluator {TASTE}/evaluator-seed42",
             MANNERS, curve=("accuracy", "reward", "canary_wins")),
+        Run("GRPO, constitution and repetition", f"{ASKED} --reward constitution:builtin:1,repetition:2 --evaluator"
+            f" {TASTE}/evaluator-seed42", MANNERS, curve=("accuracy", "reward", "canary_wins")),
         Run("lopsided constitution, no leash, no guard", f"{ASKED} --reward constitution:dataset/builtin/"
             f"constitution_lopsided.txt --evaluator {TASTE}/evaluator-seed42 --calibrate none --canaries 0 --beta 0"
             " --replay 0 --lr 2e-4", MANNERS, curve=("accuracy", "reward", "canary_wins")),
@@ -338,7 +341,7 @@ def figure(record, path):
 # ---------------------------------------------------------------------------------------------------- curves
 
 
-PLOTTED = {"rl": ("GRPO", "PPO", "SPO", "control: GRPO, random reward"), "taste": ("GRPO, that reward model",)}
+PLOTTED = {"rl": ("GRPO", "PPO", "SPO", "control: GRPO, random reward"), "taste": ("the same, no leash, 4 x the rate",)}
 
 
 def plot(group, records):
