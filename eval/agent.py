@@ -166,7 +166,7 @@ def play(complete, tokenizer, items, max_new_tokens, max_turns, max_len, num_sam
     for episode in episodes:
         if len(episode.ids) >= max_len:
             raise UserError(f"a prompt of {len(episode.ids)} tokens leaves no room within {max_len}: give a larger "
-                            "--max_len, shorter prompts, or no --show_tools")
+                            "--max_len, shorter prompts, or no --show_tools; eval/agent.py: --rope_scaling yarn:F")
     rows = list(range(0, len(episodes), num_samples))
     live = list(range(len(episodes)))
     for turn in range(max_turns if items else 0):

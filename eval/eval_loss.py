@@ -98,6 +98,17 @@ def evaluate_loss(model, data, tokenizer, device, batch_size=16, max_rows=0, ran
             "targets": int(targets.sum()), "bytes": int(num_bytes.sum())}
 
 
+def notes(data, config):
+    """What a figure about the rows of `data` does not say itself: which texts were cut, or are longer than trained."""
+    longest = config.max_position_embeddings
+    if data.report["shortened"]:
+        yield (f"{data.report['shortened']} of {data.report['records']} records lost their beginning, to fit into "
+               f"{data.max_len} tokens; a larger --max_len reads more, beyond {longest} with --rope_scaling yarn:F")
+    if data.max_len > longest:
+        yield (f"texts of more than {longest} tokens, up to {data.max_len}, reach positions that this model does not "
+               "know; --rope_scaling yarn:F makes it F times as many as trained")
+
+
 def main(cfg):
     device = devices.pick_device(cfg.device)
     model, tokenizer = load_model(cfg.model, device, rope_scaling=cfg.rope_scaling, quantize=cfg.quantize,
@@ -106,6 +117,8 @@ def main(cfg):
     split = "val" if cfg.data.startswith("builtin") else cfg.split
     data = kind_of(path)(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, split=split,
                    val_fraction=cfg.val_fraction)
+    for note in notes(data, model.config):
+        print(f"note: {note}")
     with devices.autocast(device, devices.pick_dtype(cfg.dtype, device)):
         scores = evaluate_loss(model, data, tokenizer, device, max_rows=cfg.max_rows)
     low, high = scores["bits_per_byte_interval"]

@@ -37,6 +37,7 @@ class Config:
     principle: str = arg("", "with a yes/no evaluator on pairs: the question that a good answer is a yes to")
     split: str = arg("all", "all of --data, or only the part that training holds out", choices=("all", "val"))
     val_fraction: float = arg(0.1, "with --split val: the --val_fraction of the training")
+    rope_scaling: str = arg("", "yarn:4 or linear:4: read a context 4 times as long as trained")
     quantize: str = arg("none", "keep the weights of the blocks in 8 or 4 bits: less memory, slower on a CPU",
                         choices=("none", "int8", "int4", "nf4"))
     max_len: int = arg(0, "tokens of a pair, both sides together; 0 = what the model was trained with")
@@ -57,7 +58,7 @@ from dataset import jsonl
 from dataset.builtin.generate import resolve
 from dataset.lm_dataset import PreferenceDataset
 from eval.calibration import brier_score, calibration_error
-from eval.eval_loss import map_rows
+from eval.eval_loss import map_rows, notes
 from eval.intervals import wilson
 from eval.judge import padded_batches, report_judgements, score_yesno
 from eval.skills import bootstrap_mean_over_groups
@@ -170,25 +171,27 @@ def is_language_model(folder):
     return all(name.endswith("ForCausalLM") for name in read_config(folder).get("architectures") or [])
 
 
-def load_scorer(folder, device="cpu", quantize="none"):
+def load_scorer(folder, device="cpu", quantize="none", rope_scaling=""):
     """(model, tokenizer) of a reward model (ScalarModel) or an evaluator (CausalLM); of an adapter with its base."""
     load = load_model if is_language_model(folder) else load_reward_model
     if not is_adapter(folder):
-        return load(folder, device, quantize=quantize)
+        return load(folder, device, quantize=quantize, rope_scaling=rope_scaling)
     base = read_adapter_config(pathlib.Path(folder)).get("base_model_name_or_path") or ""
     if not pathlib.Path(base).is_dir():
         raise UserError(f"{folder}: the base model of this adapter, {base!r}, is not there; write its folder into "
                         "adapter_config.json as base_model_name_or_path")
-    model, tokenizer = load(base, device, quantize=quantize)
+    model, tokenizer = load(base, device, quantize=quantize, rope_scaling=rope_scaling)
     load_adapter(model, folder)
     return model.eval(), tokenizer
 
 
 def pairs_by_score(folder, cfg, path, device):
     """{file:line of a pair: (chosen, rejected, length, length)} by the scores of a reward model, in units of its σ."""
-    model, tokenizer = load_scorer(folder, device, cfg.quantize)
+    model, tokenizer = load_scorer(folder, device, cfg.quantize, cfg.rope_scaling)
     data = PreferenceDataset(path, tokenizer, cfg.max_len or model.config.max_position_embeddings, cfg.split,
                              val_fraction=cfg.val_fraction)
+    for note in notes(data, model.config):
+        print(f"note: {folder}: {note}")
     chosen, rejected, *lengths, there = score_rows(model, data, device)
     places = [place for row, real in enumerate(there) for place in data.where(row)[:int(real.sum())]]
     pairs = zip(normalize(chosen, model.config), normalize(rejected, model.config), *lengths, strict=True)
@@ -200,7 +203,7 @@ def pairs_by_question(folder, cfg, path, device):
     if not cfg.principle:
         raise UserError(f"{folder} is a language model, which judges answers by a question: give --principle, as "
                         "--principle \"Is the answer polite?\"; or give the folder of a reward model")
-    model, tokenizer = load_scorer(folder, device, cfg.quantize)
+    model, tokenizer = load_scorer(folder, device, cfg.quantize, cfg.rope_scaling)
     pairs = {}
     for file in map(jsonl.JsonlFile, jsonl.find_files(path)):
         for number in range(len(file)):
@@ -229,7 +232,7 @@ def evaluate_judgements(folders, cfg, path, device):
                                 strict=True)
     scores = []
     for folder in folders:
-        model, tokenizer = load_scorer(folder, device, cfg.quantize)
+        model, tokenizer = load_scorer(folder, device, cfg.quantize, cfg.rope_scaling)
         scores.append(score_yesno(model, tokenizer, list(asked), texts))
     log_odds, mass = (reduced(np.array(part), cfg.reduce) for part in zip(*scores, strict=True))
     answers, names = np.array(answers, int), np.array([item.get("name", "") for item in items])

@@ -237,7 +237,7 @@ def load_causal_lm(folder, device="cpu", dtype=torch.float32, rope_scaling="", q
     return model.eval()
 
 
-def load_reward_model(folder, device="cpu", dtype=torch.float32, quantize="none"):
+def load_reward_model(folder, device="cpu", dtype=torch.float32, quantize="none", rope_scaling=""):
     """Read a folder -> (ScalarModel in eval mode, Tokenizer): a reward model, or the beginning of one.
 
     Of …ForSequenceClassification with one label everything is read; of a language model the decoder, and the head is
@@ -253,7 +253,7 @@ def load_reward_model(folder, device="cpu", dtype=torch.float32, quantize="none"
     if not fresh_head and labels != 1:
         raise UserError(f"{folder}: a classifier with {labels} labels (config.json); a reward model has one")
     with torch.device("meta"):
-        model = ScalarModel(parse_config(hf, folder)).to(dtype)
+        model = ScalarModel(parse_config(hf, folder).stretched(rope_scaling)).to(dtype)
     fill(model, folder, device, quantize, fresh_head)
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder)

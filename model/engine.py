@@ -96,10 +96,11 @@ class Ticket:
     """A request on its way. Iterate over it (`for` in a thread or `async for` in an event loop, one of them) for
     `Piece`s as they come; both raise what went wrong in the engine. `result` waits for all of it."""
 
-    def __init__(self, request):
+    def __init__(self, request, news):
         self.request, self.answer, self.error, self.cancelled = request, None, None, False
         self.pieces = queue.SimpleQueue()              # of Piece, None behind the last one
-        self.ended, self.wake = threading.Event(), None
+        self.ended = threading.Event()
+        self.loop, self.arrived, self.news = None, None, news      # who is to be told, and the engine's list of such
 
     def cancel(self):
         """Stop; the request's row and memory are free at the next step. Does nothing to a finished one."""
@@ -119,27 +120,28 @@ class Ticket:
         self.result()
 
     async def __aiter__(self):
-        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        self.wake = lambda: loop.call_soon_threadsafe(arrived.set)
-        while True:
-            arrived.clear()
+        self.arrived, self.loop = asyncio.Event(), asyncio.get_running_loop()
+        over = False
+        while not over:
+            self.arrived.clear()
+            pieces = []
             while not self.pieces.empty():
-                piece = self.pieces.get()
-                if piece is None:
-                    self.result()
-                    return
-                yield piece
-            await arrived.wait()
+                pieces.append(self.pieces.get())
+            if over := bool(pieces) and pieces[-1] is None:
+                pieces.pop()
+            if pieces:                                 # in one, so that who lags behind has less to do, not more
+                texts, *lists = zip(*pieces, strict=True)
+                yield Piece("".join(texts), *(sum(each, []) for each in lists))
+            if not over:
+                await self.arrived.wait()
+        self.result()
 
     # what follows is called by the engine's thread
 
     def put(self, piece):
         self.pieces.put(piece)
-        if self.wake is not None:
-            try:
-                self.wake()
-            except RuntimeError:                       # the event loop was closed: nobody listens any more
-                self.wake, self.cancelled = None, True
+        if self.loop is not None:
+            self.news.append(self)
 
     def end(self, answer, error=None):
         if not self.ended.is_set():                    # an answer that was given stays, whatever fails behind it
@@ -182,11 +184,11 @@ class FairQueue:
 class Sequence:
     """A request that the engine works on: its tokens, what it may still write, and what was not handed out yet."""
 
-    def __init__(self, request, model, tokenizer):
+    def __init__(self, request, model, tokenizer, news):
         params = request.params
         stop_ids, (self.budget,), seed = check(model, [request.prompt_ids], params, tokenizer)
         self.request, self.params, self.adapter = request, params, request.adapter
-        self.ticket, self.stop_ids = Ticket(request), frozenset(stop_ids)
+        self.ticket, self.stop_ids = Ticket(request, news), frozenset(stop_ids)
         self.ids, self.prompt_length = list(request.prompt_ids), len(request.prompt_ids)
         self.need = self.prompt_length + self.budget           # slots of memory, at most
         self.done, self.cached, self.kv = 0, 0, None           # tokens read, of them found; (layers, 2, K, done, d)
@@ -498,6 +500,7 @@ class Engine:
         self.prefixes = PrefixCache(self.max_tokens // 4 if prefix_cache < 0 else prefix_cache)
         self.waiting, self.joining, self.rows, self.calls = FairQueue(), deque(), {}, deque()
         self.active = []                               # sequences that hold memory: those in joining and in rows
+        self.news = []                                 # tickets with something new, whose event loops do not know yet
         self.closing = self.abandoned = False
         self.counts = dict.fromkeys(("requests", "stop", "length", "cancelled", "failed", "prompt_tokens",
                                      "cached_tokens", "prefix_hits", "generated_tokens", "steps", "kv_peak"), 0)
@@ -524,7 +527,7 @@ class Engine:
         """A Ticket. UserError for a request that could never run, QueueFull where it cannot be taken now."""
         if request.adapter:
             check_name(self.model, request.adapter)
-        sequence = Sequence(request, self.model, self.tokenizer)
+        sequence = Sequence(request, self.model, self.tokenizer, self.news)
         if sequence.need > self.max_tokens:
             raise UserError(f"the request needs memory for {sequence.need} tokens ({sequence.prompt_length} of the "
                             f"prompt, at most {sequence.budget} new ones) and there is some for {self.max_tokens} in "
@@ -598,6 +601,7 @@ class Engine:
                     self.turn()
                 except Exception as error:                             # every request ends with it; new ones may pass
                     self.fail(error)
+                self.tell()
 
     def turn(self):
         while self.calls:
@@ -626,6 +630,19 @@ class Engine:
         elif reason:
             sequence.end(reason)
         self.counts["failed" if error is not None else sequence.ticket.answer.finish_reason] += 1
+
+    def tell(self):
+        """Wake the event loops in which somebody waits for news, each once: it costs more than a token does."""
+        tickets, loops = self.news.copy(), {}
+        self.news.clear()
+        for ticket in tickets:
+            loops.setdefault(ticket.loop, []).append(ticket)
+        for loop, some in loops.items():
+            try:
+                loop.call_soon_threadsafe(lambda some=some: [ticket.arrived.set() for ticket in some])
+            except RuntimeError:                                       # it was closed: nobody listens any more
+                for ticket in some:
+                    ticket.cancel()
 
     def demand(self, more=()):
         """{adapter: (rows, slots)} that all admitted sequences need at most, and `more` with them."""
@@ -778,5 +795,6 @@ class Engine:
         self.counts["generated_tokens"] += len(tokens) - len(failed)
         self.counts["steps"] += 1
         self.leave(adapter, rows, leaving)
+        self.tell()
         if rows.sequences:
             rows.forward(self.use(adapter))

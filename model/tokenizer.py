@@ -126,6 +126,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / self.rule.source.name).write_bytes(self.rule.data)  # as loaded: the source may have changed since
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # else transformers 4 makes a third one
         with open(folder / "tokenizer_config.json", "w", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         if self.chat_template is not None:

@@ -21,7 +21,7 @@ from model.tokenizer import Tokenizer
 SIZES = {"pretrain": 3000, "pretrain_little": 20, "sft": 3000, "prompts": 60, "skills_val": 20, "skills_test": 40,
          "traces": 300, "traces_direct": 200, "reason_val": 20, "reason_test": 40,
          "practice": 60, "practice_val": 20, "practice_test": 20,
-         "agent": 300, "agent_prompts": 20, "agent_val": 10, "agent_test": 20,
+         "agent": 300, "agent_prompts": 20, "agent_val": 10, "agent_test": 20, "needle": 60, "needle_test": 20,
          "persona": 200, "persona_val": 20, "persona_test": 40,
          "judgements": 100, "judgements_test": 100, "preferences": 60, "preferences_more": 60,
          "preferences_val": 40, "preferences_test": 40, "preferences_few": 20, "manners": 60, "manners_val": 40,
@@ -51,7 +51,7 @@ def test_every_kind_is_tested_and_read_by_the_datasets(files):
     shapes = {"pretrain": "text", "pretrain_little": "text", "sft": "messages", "persona": "messages",
               "traces": "messages", "traces_direct": "messages", "agent": "messages", "judgements": "messages",
               "judgements_test": "messages", "preferences": "chosen", "preferences_more": "chosen",
-              "preferences_few": "chosen",
+              "preferences_few": "chosen", "needle": "messages",
               "preferences_val": "chosen", "preferences_test": "chosen"}
     for kind, path in files.items():
         records = list(jsonl.records(path))

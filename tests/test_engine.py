@@ -81,6 +81,11 @@ def parked(engine):
     return go.set
 
 
+def settled(engine):
+    """The engine's figures between two steps: an answer is there a moment before its row has left."""
+    return engine.call(lambda _: engine.stats())
+
+
 class Hook:
     """A constraint that allows everything; its function is called on the engine's thread before each token."""
 
@@ -109,7 +114,7 @@ def test_concurrent_answers_equal_their_serial_ones(model, tokenizer, monkeypatc
             assert "".join(piece.text for piece in pieces) == answer.text
             assert [token for piece in pieces for token in piece.token_ids] == answer.token_ids
             reasons.append(answer.finish_reason)
-        stats = engine.stats()
+        stats = settled(engine)
     assert {"stop", "length"} == set(reasons)
     assert (stats["requests"], stats["stop"] + stats["length"], stats["running"], stats["kv_tokens"]) == (16, 16, 0, 0)
     assert stats["steps"] < stats["generated_tokens"] / 2                      # rows did share steps
@@ -271,7 +276,7 @@ def test_a_constraint_leaves_only_what_it_allows(model, tokenizer):
         with pytest.raises(UserError, match="allows no token"):                # of this request only
             stuck.result(SOON)
         check_answer(beside, model, tokenizer)
-        assert engine.stats()["failed"] == 1 and engine.stats()["kv_tokens"] == 0
+        assert settled(engine)["failed"] == 1 and settled(engine)["kv_tokens"] == 0
 
 
 def test_penalties_and_bias_by_hand():
@@ -303,7 +308,7 @@ def test_what_an_earlier_text_began_with_is_not_read_again(model, tokenizer):
     turns = [system[:50] + tail for tail in ragged(5, longest=20, seed=6)]
     with Engine(model, tokenizer) as engine:
         first = check_answer(engine.submit(Request(turns[0], GREEDY)), model, tokenizer)
-        read = engine.stats()["prompt_tokens"]
+        read = settled(engine)["prompt_tokens"]
         assert first.cached_tokens == 0 and read == len(turns[0])
         for turn in turns[1:]:
             answer = check_answer(engine.submit(Request(turn, GREEDY)), model, tokenizer)
@@ -313,13 +318,13 @@ def test_what_an_earlier_text_began_with_is_not_read_again(model, tokenizer):
         assert answer.cached_tokens == (len(turns[0]) + len(first.token_ids) - 1) // BLOCK * BLOCK
         whole = system[:3 * BLOCK]
         assert check_answer(engine.submit(Request(whole, GREEDY)), model, tokenizer).cached_tokens == 2 * BLOCK
-        stats = engine.stats()
+        stats = settled(engine)
         asked = sum(map(len, turns)) + len(follow) + len(whole)
         assert stats["cached_tokens"] == asked - stats["prompt_tokens"] > 150 and stats["prefix_hits"] == 6
     with Engine(model, tokenizer, prefix_cache=0) as engine:
         for turn in turns:
             assert check_answer(engine.submit(Request(turn, GREEDY)), model, tokenizer).cached_tokens == 0
-        assert engine.stats()["prefix_tokens"] == 0
+        assert settled(engine)["prefix_tokens"] == 0
 
 
 def test_requests_at_once_read_their_common_beginning_once(model, tokenizer):
@@ -357,7 +362,7 @@ def test_memory_is_bounded(model, tokenizer):
         with pytest.raises(UserError, match="memory for 121 tokens .91 of the prompt, at most 30 new ones.") as error:
             engine.submit(Request([300] * 91, SamplingParams(30)))
         assert "\n" not in str(error.value)
-        assert engine.stats()["kv_peak"] <= 120 and engine.stats()["prefix_tokens"] <= 30
+        assert settled(engine)["kv_peak"] <= 120 and settled(engine)["prefix_tokens"] <= 30
     assert max(stats["kv_tokens"] for stats in seen) <= 120 and max(stats["running"] for stats in seen) >= 4
 
 
@@ -384,7 +389,7 @@ def test_cancelling_frees_the_memory(model, tokenizer):
         assert (never.finish_reason, never.token_ids) == ("cancelled", [])
         tickets["next"].cancel()                                               # too late to matter
         assert tickets["next"].result().finish_reason == "length"
-        stats = engine.stats()
+        stats = settled(engine)
         assert (stats["running"], stats["kv_tokens"], stats["waiting"], stats["cancelled"]) == (0, 0, 0, 2)
 
 
@@ -442,7 +447,7 @@ def test_a_failing_step_ends_all_requests_with_the_error(tokenizer):
             list(tickets[0])
         handle.remove()
         check_answer(engine.submit(Request([404], GREEDY)), model, tokenizer)  # and it goes on
-        assert engine.stats()["failed"] == 4 and engine.stats()["running"] == 0
+        assert settled(engine)["failed"] == 4 and settled(engine)["running"] == 0
 
 
 def test_logits_that_are_not_finite_end_their_row_only(tokenizer):
@@ -512,6 +517,31 @@ def test_many_tickets_in_one_event_loop(model, tokenizer):
     with Engine(model, tokenizer) as engine:
         tickets, texts = asyncio.run(all_of_them(engine))
     assert texts == [check_answer(ticket, model, tokenizer).text for ticket in tickets]
+
+
+def test_an_event_loop_that_lags_gets_longer_pieces_and_one_that_is_closed_cancels(model, tokenizer):
+    params = SamplingParams(20, 0.0, stop_ids=NEVER)
+
+    async def late(engine):
+        ticket = engine.submit(Request(ragged(1)[0], params, top_logprobs=1))
+        ticket.result(SOON)                                                    # in the way of the loop, on purpose
+        return ticket, [piece async for piece in ticket]
+
+    async def begin(engine, hook):
+        ticket = engine.submit(Request([400], replace(params, max_new_tokens=100), constraint=hook))
+        await anext(aiter(ticket))
+        return ticket
+
+    with Engine(model, tokenizer) as engine:
+        ticket, (piece,) = asyncio.run(late(engine))
+        answer = check_answer(ticket, model, tokenizer)
+        assert piece == (answer.text, answer.token_ids, answer.logprobs, answer.top)
+        closed = threading.Event()
+        hook = Hook(tokenizer, lambda generated: len(generated) < 50 or closed.wait(SOON))
+        ticket = asyncio.run(begin(engine, hook))
+        closed.set()
+        assert ticket.result(SOON).finish_reason == "cancelled"
+        check_answer(engine.submit(Request([400], GREEDY)), model, tokenizer)
 
 
 def test_threads_may_submit_at_once(model, tokenizer):

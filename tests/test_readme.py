@@ -62,10 +62,11 @@ def test_the_reading_order_names_files_with_their_length():
 
 
 def test_the_figures_are_those_of_a_committed_run():
-    from scripts.quickstart import skill_table, stage_table
+    from scripts.quickstart import practice_table, skill_table, stage_table
     figures = json.loads((ROOT / "scripts" / "results" / "quickstart.json").read_text(encoding="utf-8"))
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    for line in (*stage_table(figures), *skill_table(figures), *figures["conversation"].splitlines()):
+    tables = *stage_table(figures), *skill_table(figures), *practice_table(figures)
+    for line in (*tables, *figures["conversation"].splitlines()):
         assert line in lines or f"    {line}".rstrip() in lines, line
 
 
@@ -103,3 +104,4 @@ def test_the_plain_commands_are_those_of_the_quickstart():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"--vocab_size {Config.vocab_size} " in text
     assert f"--max_steps {Config.pretrain_steps}" in text and f"--max_steps {Config.sft_steps}" in text
+    assert f"train_grpo.py --max_steps {Config.rl_steps}\n" in text

@@ -18,7 +18,7 @@ import sys
 if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parents[2])     # the project root, not dataset/builtin
 
-from dataset.builtin import errands, judgements, persona, practice, preferences, stories, traces
+from dataset.builtin import errands, judgements, needle, persona, practice, preferences, stories, traces
 from dataset.builtin.skills import SKILLS, draw, draw_all, quiz, reading
 from dataset.jsonl import parts_of, weight_of
 from model.errors import UserError, run
@@ -109,6 +109,8 @@ KINDS = {                                                       # kind: (its row
     "agent_prompts": (lambda rng, size: exercises(rng, size, "train", errands.ERRANDS), 500),
     "agent_val": (lambda rng, size: exercises(rng, size, "val", errands.ERRANDS), 40),
     "agent_test": (lambda rng, size: exercises(rng, size, "test", errands.ERRANDS), 100),
+    "needle": (needle.conversations, 8000),
+    "needle_test": (lambda rng, size: exercises(rng, size, "test", needle.NEEDLES), 200),
 }
 
 
