@@ -5,7 +5,7 @@ distances back into that range, without training. Both measurements read the sam
 
   loss by position   text in rows of --max_len tokens (4·L0), documents one after the other as in pretraining; the
                      targets at positions [a, b) of all rows together have
-                         bits per byte = sum of -log p / (ln 2 · bytes of those tokens)
+                         bits per byte = sum of -log p / (ln 2 · bytes of these tokens)
                      A model that uses what it read has a falling line, one that is lost behind L0 a rising one.
   needles            somebody's secret number in built-in stories, at a depth of 0 % (first sentence) to 100 % (right
                      before the question), in prompts of L tokens, room for the answer included; greedy answers
@@ -42,7 +42,7 @@ class Config:
     val_fraction: float = arg(0.1, "with --split val: the --val_fraction of the training")
     max_len: int = arg(0, "longest reading in tokens; 0 = the trained length times the largest factor")
     max_rows: int = arg(64, "read only so many rows of text; 0 = all")
-    needles: int = arg(10, "questions at every length and depth; 0 = none")
+    needles: int = arg(0, "questions about needles at every length and depth, as 20; 0 = none")
     lengths: str = arg("", "tokens of the prompts with needles, by commas; empty: 1, 2, 3, 4, 8 … times the trained "
                        "length, up to --max_len")
     depths: int = arg(5, "places of the needle in the text: evenly from its beginning to its end")
@@ -306,7 +306,7 @@ def plan(cfg):
     if cfg.depths < 1 or cfg.needles < 0:
         raise UserError(f"--depths {cfg.depths} --needles {cfg.needles}: at least 1 depth and 0 needles are needed")
     if cfg.data == "none" and not cfg.needles:
-        raise UserError("--data none --needles 0: nothing is left to measure")
+        raise UserError("--data none --needles 0: nothing is left to measure; give --needles 20")
     multiples = [1, 2, 3, *(2 ** i for i in range(2, 31))]
     return specs, trained, longest, lengths or [trained * m for m in multiples if trained * m <= longest] or [longest]
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from model.adapters.adapted import AdapterConfig, attach
 from model.adapters.folder import load_adapter, save_adapter
@@ -140,6 +141,15 @@ def test_a_cloned_folder_with_pickled_weights(described, tmp_path):
     for name, tensor in items:
         assert torch.equal(got[name], tensor.bfloat16().float())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_folder_with_safetensors_and_minimind_s_own_config(tmp_path):
+    oracle, clone = stock(DENSE), tmp_path / "clone"
+    Tokenizer.load("nano").save(clone)
+    save_file(state_dict(oracle), clone / "model.safetensors")
+    (clone / "config.json").write_text(json.dumps({"model_type": "minimind", "num_attention_heads": 8}))
+    main(Config(model=str(clone), out=str(tmp_path / "out")))
+    check_logits(tmp_path / "out", oracle)
 
 
 def test_what_training_saved_to_continue_is_read_too(tmp_path):

@@ -33,6 +33,7 @@ from tests.test_tokenizer import LLAMA3, MISTRAL, TEXTS, byte_level, sentencepie
 from trainer.train_tokenizer import train_sentencepiece
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+HAS_LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
 NANO = Tokenizer.load("nano")
 QWEN3 = ModelConfig(1024, 128, 96, 2, 4, 2, max_position_embeddings=128, initializer_range=0.1, rope_theta=5000.0)
 LLAMA = replace(QWEN3, qk_norm=False)
@@ -340,6 +341,16 @@ def test_the_vocabulary_of_the_file_cuts_as_ours(exported):
         assert rebuilt.encode(text).ids == NANO.encode(text)
 
 
+def check_llama_cpp_cuts(path, tokenizer):
+    """Where llama.cpp is installed, it makes the same ids of texts. (One ends at 0 there; <think> is a token.)"""
+    if HAS_LLAMA_CPP:
+        import llama_cpp
+        llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        for text in TEXTS[1:]:
+            if "\x00" not in text and "<" not in text:
+                assert llama.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text), text
+
+
 def spm(text, keys):
     """llama.cpp's tokenizer "llama": of all neighbours the two whose union scores highest become one, and again."""
     pieces, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
@@ -373,6 +384,7 @@ def test_sentencepiece_vocabularies(form, tmp_path):
     assert keys["tokenizer.ggml.model"] == "llama" and len(keys["tokenizer.ggml.scores"]) == tokenizer.vocab_size + 3
     for text in ("the bell", " hello  the fox", "läutet 中文 😀\n", "a b c one, two"):
         assert spm(text, keys) == tokenizer.encode(text)
+    check_llama_cpp_cuts(tmp_path / "vocabulary-f16.gguf", tokenizer)
     kinds = keys["tokenizer.ggml.token_type"]
     assert kinds[-3:] == [5, 5, 5] and kinds.count(2) == 1 and kinds.count(6) == 256    # unused, unknown, bytes
     for text, index in tokenizer.special.items():
@@ -393,6 +405,7 @@ def test_pre_tokenizers_by_name_and_unknown_ones(tmp_path):
         save_model(folder, CausalLM(replace(QWEN3, vocab_size=tokenizer.vocab_size)), tokenizer)
         main(Config(model=str(folder), out=str(tmp_path)))
         keys = keys_of(gguf.GGUFReader(tmp_path / f"{name}-f16.gguf"))
+        check_llama_cpp_cuts(tmp_path / f"{name}-f16.gguf", tokenizer)
         assert keys["tokenizer.ggml.add_bos_token"] is True             # its post-processor puts one before a text
         return keys["tokenizer.ggml.pre"]
 
@@ -577,11 +590,11 @@ def test_the_command(exported, tmp_path):
 # ----------------------------------------------------------------------------------------------------- llama.cpp
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_llama_cpp_writes_the_same(name, kind, exported):
-    """Greedy text of 32 tokens, in float32 also the logits of a prompt; and it cuts texts as we do.
+    """Greedy text of 32 tokens, in float32 also the logits of a prompt, and the ids of texts.
 
     In float16 it rounds what it multiplies, so that of two tokens of a model without training, next to equally likely,
     it may take the other one.
@@ -596,9 +609,7 @@ def test_llama_cpp_writes_the_same(name, kind, exported):
         with torch.no_grad():
             expected = model(IDS).logits[0]
         torch.testing.assert_close(torch.from_numpy(np.array(llama.scores[:40])), expected, atol=2e-3, rtol=2e-3)
-        for text in TEXTS:
-            if "\x00" not in text and "<" not in text:          # it ends texts at 0, and takes <think> for the token
-                assert llama.tokenize(text.encode(), add_bos=False, special=False) == NANO.encode(text)
+        check_llama_cpp_cuts(reader.data.filename, NANO)
         llama.reset()
     prompt = IDS[0, :8].tolist()
     generator = llama.generate(prompt, temp=0.0, repeat_penalty=1.0, top_k=0, top_p=1.0, min_p=0.0)

@@ -276,7 +276,7 @@ def test_only_needles_at_lengths_of_its_own_choice(folder):
 @pytest.mark.parametrize("settings, said", [
     (dict(rope_scaling="yarn"), "yarn:F"), (dict(max_len=64), "trained on 64"), (dict(lengths="a"), "--lengths a"),
     (dict(depths=0), "--depths 0"), (dict(needles=-1), "--needles -1"), (dict(data="none", needles=0), "nothing"),
-    (dict(data="none", lengths="30"), "no room for a needle"), (dict(model="no/such"), "no/such")])
+    (dict(data="none", needles=1, lengths="30"), "no room for a needle"), (dict(model="no/such"), "no/such")])
 def test_what_makes_no_sense_is_refused(settings, said, folder):
     with pytest.raises(UserError, match=re.escape(said)):
         long_context.main(long_context.Config(**{"model": folder, "device": "cpu", **settings}))
