@@ -23,14 +23,14 @@ def run(main, *args):
         return main(*args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         where = f" of {error.filename}" if error.filename else ""
         print(f"error: no space left on the disk{where}; make room and start the same command again: a training run "
               "continues from its last save", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except RuntimeError as error:
         from model.device import explain_lost_ranks  # here: it takes a second, and few scripts need it
         told = explain_lost_ranks(error)
@@ -38,3 +38,13 @@ def run(main, *args):
             raise
         print(f"error: {told}", file=sys.stderr, flush=True)
         os._exit(1)                                        # sys.exit would wait for operations that never end
+
+
+def leave(code):
+    """End the process. One of several ranks ends at once: torch's threads of communication, still at work then, can
+    abort an orderly end, and the exit code would be theirs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
