@@ -164,9 +164,10 @@ GROUPS = {
         Run("before", "", MANNERS),
         Run("reward model of 200 pairs", f"{REWARD} --lr 1e-3 --epochs 8 --data builtin:preferences_few", ("reward",)),
         Run("GRPO, that reward model", SCORED, MANNERS, curve=("accuracy", "reward")),
-        Run("the same, no leash, 4 x the rate", f"{SCORED} --beta 0 --replay 0 --lr 2e-4", MANNERS,
+        Run("that reward model, no leash, 4 x the rate", f"{SCORED} --beta 0 --replay 0 --lr 2e-4", MANNERS,
             curve=("accuracy", "reward")),
-        Run("the same, stopped early", f"{SCORED} --early_stop 4", MANNERS, curve=("accuracy", "reward")),
+        Run("GRPO, that reward model, stopped early", f"{SCORED} --early_stop 4", MANNERS,
+            curve=("accuracy", "reward")),
         Run("evaluator", f"{REWARD} --head yesno --lr 2e-3 --schedule wsd", ("reward",)),
         Run("GRPO, constitution", f"{ASKED} --reward constitution:builtin --evaluator {TASTE}/evaluator-seed42",
             MANNERS, curve=("accuracy", "reward", "canary_wins")),
@@ -341,7 +342,8 @@ def figure(record, path):
 # ---------------------------------------------------------------------------------------------------- curves
 
 
-PLOTTED = {"rl": ("GRPO", "PPO", "SPO", "control: GRPO, random reward"), "taste": ("the same, no leash, 4 x the rate",)}
+PLOTTED = {"rl": ("GRPO", "PPO", "SPO", "control: GRPO, random reward"),
+           "taste": ("that reward model, no leash, 4 x the rate",)}
 
 
 def plot(group, records):

@@ -413,10 +413,12 @@ class ChatChoice:
 
     def told(self, piece):
         """The log-probabilities of a Piece or Answer, None without any."""
+        if not self.logprobs:
+            return None
         stop_ids = self.reader.stop_ids
-        tokens = [token for token in zip(piece.token_ids, piece.logprobs, piece.top, strict=False)
+        tokens = [token for token in zip(piece.token_ids, piece.logprobs, piece.top, strict=True)
                   if token[0] not in stop_ids]
-        return chat_logprobs(self.reader.tokenizer, tokens) if self.logprobs and tokens else None
+        return chat_logprobs(self.reader.tokenizer, tokens) if tokens else None
 
     def finish_reason(self, answer):
         return "tool_calls" if self.reader.called and answer.finish_reason == "stop" else answer.finish_reason

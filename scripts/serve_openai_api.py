@@ -93,7 +93,7 @@ def load(cfg):
         raise UserError(f"--model {cfg.model} --adapter {cfg.adapter}: expected different folders, by commas")
     device = pick_device(cfg.device)
     loaded, fitting = {}, {}                               # name: (model, tokenizer); adapter's name: model's name
-    for name, folder in zip(names, folders, strict=False):
+    for name, folder in zip(names[:len(folders)], folders, strict=True):
         path = or_shipped(ROOT / folder) if folder == DEFAULT_MODEL else pathlib.Path(folder)
         if not path.is_dir():
             raise UserError(f"--model {folder}: there is no such folder; train one (python trainer/train_full_sft.py) "

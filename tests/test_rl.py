@@ -186,14 +186,19 @@ def test_where_rewards_say_nothing_replay_leaves_the_policy_as_it_is(place, tmp_
     assert not any(value.any() for key, value in added.items() if "lora_B" in key)
 
 
-def test_replay_holds_what_is_not_practised(place, tmp_path):
-    """The same steps of learning, with and without: the conversations are as likely as before."""
+@pytest.mark.parametrize("rank", [0, 2])
+def test_replay_holds_what_is_not_practised(rank, place, tmp_path):
+    """The same steps of learning, with and without: the conversations are as likely as before. An adapter's reference
+    is the model below it."""
     far = []
     for weight in (0.0, 3.0):
-        train("grpo", place, tmp_path / f"{weight}", **{**LONG["grpo"], "replay": weight, "max_steps": 15, "lr": 5e-3,
-              "replay_data": str(place / "chats.jsonl")})
+        train("grpo", place, tmp_path / f"{weight}", **{
+            **LONG["grpo"], "replay": weight, "max_steps": 15, "lr": 3e-2 if rank else 5e-3, "lora_rank": rank,
+            "replay_data": str(place / "chats.jsonl")})
         batch = collate(list(load_rows(SFTDataset, place / "chats.jsonl", NANO, 64, "all")))
-        models = [load_model(folder)[0] for folder in (tmp_path / f"{weight}", place / "base")]
+        base, trained = place / "base", tmp_path / f"{weight}"
+        policy = load_model(base, adapter=str(trained))[0] if rank else load_model(trained)[0]
+        models = policy, load_model(base)[0]
         with torch.no_grad():
             _, distances, _ = token_distances(*models, batch["input_ids"], batch["segment_ids"], batch["positions"])
         far.append(float((distances * batch["loss_mask"]).sum()))
